@@ -1,0 +1,70 @@
+"""Knowledge distillation in JAX whose weight follows a Gompertz curve over training.
+
+Importing this package loads JAX and Optax only. The Wasserstein room (OTT-JAX) and the networks (Flax) are loaded on
+first use: `gompertz_jax.sinkhorn_distance` and `gompertz_jax.models` are looked up by `__getattr__` (PEP 562).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .losses.gradients import gradient_distance as gradient_distance
+from .losses.gradients import gradient_matching as gradient_matching
+from .losses.gradients import input_gradient as input_gradient
+from .losses.gradients import pool_gradient as pool_gradient
+from .losses.logits import cross_entropy as cross_entropy
+from .losses.logits import soft_target_kl as soft_target_kl
+from .network import Network as Network
+from .network import Outputs as Outputs
+from .objective import Objective as Objective
+from .objective import Projection as Projection
+from .objective import Record as Record
+from .objective import Term as Term
+from .objective import gompertz_objective as gompertz_objective
+from .objective import student_alone as student_alone
+from .schedules import Schedule as Schedule
+from .schedules import constant_schedule as constant_schedule
+from .schedules import cosine_schedule as cosine_schedule
+from .schedules import gompertz_schedule as gompertz_schedule
+from .schedules import gompertz_through as gompertz_through
+from .schedules import linear_schedule as linear_schedule
+from .schedules import logistic_schedule as logistic_schedule
+from .schedules import matched_constant as matched_constant
+from .schedules import mean_weight as mean_weight
+from .schedules import reversed_schedule as reversed_schedule
+from .step import TrainState as TrainState
+from .step import init_state as init_state
+from .step import make_eval_step as make_eval_step
+from .step import make_gradient_report as make_gradient_report
+from .step import make_train_step as make_train_step
+
+if TYPE_CHECKING:
+    from . import models as models
+    from .losses.wasserstein import SinkhornDiagnostics as SinkhornDiagnostics
+    from .losses.wasserstein import gaussian_wasserstein as gaussian_wasserstein
+    from .losses.wasserstein import sinkhorn_distance as sinkhorn_distance
+    from .losses.wasserstein import sliced_wasserstein as sliced_wasserstein
+
+__version__ = "0.1.0"
+
+# name -> (module, attribute); an attribute of None is the module itself
+_LAZY = {
+    "models": (".models", None),
+    "SinkhornDiagnostics": (".losses.wasserstein", "SinkhornDiagnostics"),
+    "gaussian_wasserstein": (".losses.wasserstein", "gaussian_wasserstein"),
+    "sinkhorn_distance": (".losses.wasserstein", "sinkhorn_distance"),
+    "sliced_wasserstein": (".losses.wasserstein", "sliced_wasserstein"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name, __name__)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,77 @@
+"""What the objective and the step know of a network: one pure function, its arrays, and the images' normalisation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+PyTree = Any
+
+
+class Outputs(NamedTuple):
+    """What one forward pass returns.
+
+    Attributes:
+      logits: class scores, `[B, K]`.
+      features: one map per stage, each `[B, h, w, c]`; the last is the map that is pooled.
+      pooled: the vector that the classifier sees, `[B, d]`.
+    """
+
+    logits: Float[Array, "batch classes"]
+    features: tuple[Float[Array, "batch _ _ _"], ...]
+    pooled: Float[Array, "batch _"]
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"]
+)
+@dataclass(frozen=True)
+class Network:
+    """A network as data: a pure `apply` and the arrays it reads. Any framework fits behind it.
+
+    `apply(params, stats, images, *, train, key=None) -> (Outputs, stats)` reads images that are already normalised.
+    Callers that hold common images in [0, 1] go through `forward`, which normalises by this network's own `mean` and
+    `std`, so that a teacher and a student trained with different statistics can share one batch.
+
+    A Network is a pytree whose leaves are its arrays (`apply` is static), so it can be an argument of `jax.jit`.
+
+    Attributes:
+      apply: the pure function above; `stats` comes back unchanged when `train` is False.
+      params: what the optimiser changes.
+      stats: what a forward pass in training mode changes (running means and variances); may be empty.
+      mean: per-channel mean of images in [0, 1], `[c]` or a scalar.
+      std: per-channel standard deviation of images in [0, 1], `[c]` or a scalar.
+
+    Examples:
+      A plain function is a network:
+
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> def apply(params, stats, images, *, train, key=None):
+      ...     pooled = images.mean((1, 2))
+      ...     return gj.Outputs(pooled @ params, (images,), pooled), stats
+      >>> network = gj.Network(apply, jnp.ones((3, 10)), {}, mean=jnp.full(3, 0.5), std=jnp.full(3, 0.25))
+      >>> outputs, _ = network.forward(jnp.full((2, 8, 8, 3), 0.75), train=False)
+      >>> outputs.logits.shape, float(outputs.pooled[0, 0])
+      ((2, 10), 1.0)
+    """
+
+    apply: Callable[..., tuple[Outputs, PyTree]]
+    params: PyTree
+    stats: PyTree
+    mean: Any
+    std: Any
+
+    def forward(
+        self, images: Float[Array, "batch height width channels"], *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, PyTree]:
+        """Apply the network to common images in [0, 1], normalised by its own mean and std."""
+        images = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
+        return self.apply(self.params, self.stats, images, train=train, key=key)
+
+    def replace(self, **changes: Any) -> "Network":
+        """The network with other arrays, for instance `network.replace(params=new_params)`."""
+        return Network(**{**vars(self), **changes})
