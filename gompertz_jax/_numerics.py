@@ -1,0 +1,83 @@
+"""What every formula here agrees on: the dtype it is computed in, and which static numbers are legal.
+
+A number that is known before tracing (a Python or NumPy number, a concrete array) is checked and becomes a Python
+float, so that no closure captures an array. A traced number (a schedule evaluated inside the step, a parameter that is
+differentiated) cannot be checked and is passed on as it is.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Scalar = int | float | np.generic | np.ndarray | Array
+
+# A legal number is one that float32 holds as a normal number: results are computed in float32 unless the inputs are
+# wider, and 1e-300 would reach a division there as 0.
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def compute_dtype(*values: Any) -> Any:
+    """The dtype to compute in: that of the values together, and at least float32."""
+    return jnp.promote_types(jnp.result_type(*values), jnp.float32)
+
+
+def raised(*arrays: Any) -> tuple[Array, ...]:
+    """The arrays in one common dtype, at least float32."""
+    dtype = compute_dtype(*arrays)
+    return tuple(jnp.asarray(array, dtype) for array in arrays)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether the value is known only inside a transformation, so that nothing can be asked of it."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def finite_number(
+    name: str, value: Scalar, *, legal: str = "a finite number", accept: Callable[[float], bool] | None = None
+) -> float | Array:
+    """Check a scalar argument and return it as a Python float; a traced one is returned as it is.
+
+    Raises:
+      ValueError: if `value` is no scalar, or is concrete and not finite or not accepted.
+    """
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be {legal}, got an array of shape {jnp.shape(value)}")
+    if is_traced(value):
+        return value  # pyright: ignore[reportReturnType]
+    number = float(value)
+    if not abs(number) <= _LARGEST or (accept is not None and not accept(number)):
+        raise ValueError(f"{name} must be {legal}, got {number!r}")
+    return number
+
+
+def positive_number(name: str, value: Scalar) -> float | Array:
+    """`finite_number`, and positive."""
+    return finite_number(
+        name, value, legal="a positive number within float32's range", accept=lambda number: number >= _SMALLEST
+    )
+
+
+def fraction(name: str, value: Scalar, low: float, high: float, *, legal: str) -> float | Array:
+    """`finite_number`, strictly between `low` and `high`."""
+    return finite_number(name, value, legal=legal, accept=lambda number: low < number < high)
+
+
+def positive_count(name: str, value: Any) -> int:
+    """Check an argument that counts something and return it as a Python int.
+
+    Raises:
+      ValueError: if `value` is not an integer, or is below 1.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return count

@@ -1,0 +1,393 @@
+"""Schedules: a constructor takes `total_steps` and shape parameters and returns a pure function from step to weight.
+
+Every schedule accepts a Python or NumPy integer, a traced step, or an array of steps of any shape, and returns weights
+of that shape, in at least float32. It is safe under `jax.jit`, `jax.vmap` and `jax.grad`, with respect to the step and
+to the parameters of the curve. Parameters that are known before tracing are kept as Python floats.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._numerics import Scalar, compute_dtype, finite_number, fraction, is_traced, positive_count, positive_number
+
+Schedule: TypeAlias = Callable[[Any], Any]
+"""step -> coefficient. Any function that JAX can trace with a scalar step will do, for instance one of Optax's."""
+
+# exp(-exp(u)) is 0 in float32 and in float64 from u = 7 on; the bound only keeps exp(u), and with it the derivative,
+# finite.
+_LARGEST_INNER_EXPONENT = 80.0
+
+# A Gompertz curve that starts above this fraction of its asymptote has no slow start.
+_SLOW_START = 0.05
+
+_STEPS_AT_ONCE = 1 << 16
+
+
+def gompertz_schedule(
+    total_steps: int | np.integer, *, asymptote: Scalar = 1.0, displacement: Scalar = 5.0, rate: Scalar = 8.0
+) -> Schedule:
+    r"""Weight that follows a Gompertz curve: slow start, fast middle, late saturation.
+
+    .. math:: w(t) = a \exp(-b \exp(-c \, t / T))
+
+    with asymptote `a`, displacement `b`, rate `c` and `T = total_steps`. It starts at :math:`a e^{-b}`, not at 0; it is
+    steepest at :math:`t / T = \ln(b) / c`, where it has reached :math:`a / e`; its mean over [0, T] is
+    :math:`a (E_1(b e^{-c}) - E_1(b)) / c`. The curve is not clamped outside [0, T]. It is evaluated as
+    :math:`a \exp(-\exp(\ln b - c \, t / T))`, whose value and derivatives are finite for every legal parameter.
+
+    That the distillation weight follows this curve is the idea of the Gompertz-CNN paper's abstract; the parameters,
+    and that the curve is indexed by the step, are our reconstruction.
+
+    Args:
+      total_steps: number of training steps `T`, a positive integer. The unit of `rate` is one over this whole run: the
+        same curve over raw steps has the rate `c / T`.
+      asymptote: the weight that is approached late, finite.
+      displacement: `b`, positive, without unit. 5 starts the curve at .7 % of its asymptote.
+      rate: `c`, positive, per `total_steps`.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps`, `displacement` or `rate` is not positive, or a parameter is not finite.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> weight = gj.gompertz_schedule(1000)
+      >>> print(np.asarray(weight(np.array([0, 201, 500, 1000]))).round(3))
+      [0.007 0.367 0.912 0.998]
+
+    References:
+      Gompertz, On the Nature of the Function Expressive of the Law of Human Mortality, 1825,
+      https://doi.org/10.1098/rstl.1825.0026. Yang and Qin, Gompertz-CNN, 2025, https://arxiv.org/abs/2510.21649.
+    """
+    displacement = positive_number("displacement", displacement)
+    return _gompertz(
+        positive_count("total_steps", total_steps),
+        finite_number("asymptote", asymptote),
+        math.log(displacement) if isinstance(displacement, float) else jnp.log(displacement),
+        positive_number("rate", rate),
+    )
+
+
+def gompertz_through(
+    total_steps: int | np.integer, *, inflection: Scalar, final: Scalar = 0.99, asymptote: Scalar = 1.0
+) -> Schedule:
+    r"""Gompertz curve, given by where it is steepest and by how much of its asymptote it reaches at the end.
+
+    The same curve as `gompertz_schedule` with
+
+    .. math:: c = -\ln(-\ln \text{final}) / (1 - \text{inflection}), \qquad b = \exp(c \cdot \text{inflection}).
+
+    A curve with an early inflection has little room below it: it is warned of when it starts above 5 % of its
+    asymptote.
+
+    Args:
+      total_steps: number of training steps, a positive integer.
+      inflection: where the curve is steepest, as a fraction of `total_steps`, between 0 and 1.
+      final: the fraction of the asymptote that is reached at `step = total_steps`, between 1/e and 1.
+      asymptote: the weight that is approached late, finite.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps` is not positive, `inflection` or `final` is outside its interval, or `asymptote` is
+        not finite.
+
+    Warns:
+      UserWarning: if the curve starts above 5 % of its asymptote.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> weight = gj.gompertz_through(1000, inflection=0.4, final=0.95)
+      >>> print(np.asarray(weight(np.array([0, 400, 1000]))).round(3))
+      [0.001 0.368 0.95 ]
+
+    References:
+      Parametrisation: our own. Curve: see `gompertz_schedule`.
+    """
+    steps = positive_count("total_steps", total_steps)
+    inflection = fraction("inflection", inflection, 0.0, 1.0, legal="between 0 and 1, a fraction of total_steps")
+    final = fraction("final", final, math.exp(-1.0), 1.0, legal="between 1/e and 1, a fraction of the asymptote")
+    asymptote = finite_number("asymptote", asymptote)
+    log = math.log if isinstance(final, float) else jnp.log
+    rate = -log(-log(final)) / (1.0 - inflection)
+    log_displacement = rate * inflection
+    # Compared by its logarithm: the displacement itself overflows for a late inflection.
+    if not is_traced(log_displacement) and log_displacement < math.log(-math.log(_SLOW_START)):
+        start = math.exp(-math.exp(log_displacement))
+        warnings.warn(
+            f"the Gompertz curve with inflection={inflection:g} and final={final:g} starts at {start:.0%} of its "
+            f"asymptote, so it has no slow start: raise inflection or final",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _gompertz(steps, asymptote, log_displacement, rate)
+
+
+def _gompertz(
+    total_steps: int, asymptote: float | Array, log_displacement: float | Array, rate: float | Array
+) -> Schedule:
+    def weight(step: Scalar) -> Float[Array, "..."]:
+        tau = _progress(step, total_steps, asymptote, log_displacement, rate)
+        return asymptote * jnp.exp(-jnp.exp(jnp.minimum(log_displacement - rate * tau, _LARGEST_INNER_EXPONENT)))
+
+    return weight
+
+
+def logistic_schedule(
+    total_steps: int | np.integer, *, asymptote: Scalar = 1.0, midpoint: Scalar = 0.5, rate: Scalar = 10.0
+) -> Schedule:
+    r"""Weight that follows a logistic curve, symmetric about its midpoint.
+
+    .. math:: w(t) = \frac{a}{1 + \exp(-c \, (t / T - m))}
+
+    Not clamped outside [0, T].
+
+    Args:
+      total_steps: number of training steps `T`, a positive integer.
+      asymptote: the weight `a` that is approached late, finite.
+      midpoint: `m`, where the weight is half the asymptote, as a fraction of `total_steps`, finite.
+      rate: `c`, positive, per `total_steps`.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps` or `rate` is not positive, or a parameter is not finite.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> print(np.asarray(gj.logistic_schedule(100)(np.array([0, 50, 100]))).round(3))
+      [0.007 0.5   0.993]
+
+    References:
+      Verhulst, Notice sur la loi que la population suit dans son accroissement, 1838.
+    """
+    steps = positive_count("total_steps", total_steps)
+    asymptote = finite_number("asymptote", asymptote)
+    midpoint = finite_number("midpoint", midpoint)
+    rate = positive_number("rate", rate)
+
+    def weight(step: Scalar) -> Float[Array, "..."]:
+        tau = _progress(step, steps, asymptote, midpoint, rate)
+        return asymptote * jax.nn.sigmoid(rate * (tau - midpoint))
+
+    return weight
+
+
+def linear_schedule(total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0) -> Schedule:
+    r"""Weight on a straight line from `start` at step 0 to `end` at `total_steps`, held outside.
+
+    .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad \tau = \min(\max(t / T, 0), 1)
+
+    Args:
+      total_steps: number of training steps `T`, a positive integer.
+      start: the weight up to step 0, finite.
+      end: the weight from `total_steps` on, finite.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps` is not positive, or `start` or `end` is not finite.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> print(gj.linear_schedule(100, start=1.0, end=0.0)(np.array([-5, 25, 100, 200])))
+      [1.   0.75 0.   0.  ]
+    """
+    return _between(total_steps, start, end, lambda tau: tau)
+
+
+def cosine_schedule(total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0) -> Schedule:
+    r"""Weight along half a cosine period from `start` at step 0 to `end` at `total_steps`, held outside.
+
+    .. math:: w(t) = (1 - s) \, \text{start} + s \, \text{end}, \qquad s = (1 - \cos \pi \tau) / 2,
+       \quad \tau = \min(\max(t / T, 0), 1)
+
+    Args:
+      total_steps: number of training steps `T`, a positive integer.
+      start: the weight up to step 0, finite.
+      end: the weight from `total_steps` on, finite.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps` is not positive, or `start` or `end` is not finite.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> print(np.asarray(gj.cosine_schedule(100)(np.array([0, 25, 50, 100]))).round(3))
+      [0.    0.146 0.5   1.   ]
+
+    References:
+      Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017,
+      https://arxiv.org/abs/1608.03983 (the shape; there it lowers a learning rate).
+    """
+    # sin^2 of half the angle is (1 - cos) / 2 without the cancellation near tau = 0.
+    return _between(total_steps, start, end, lambda tau: jnp.square(jnp.sin(0.5 * math.pi * tau)))
+
+
+def _between(
+    total_steps: int | np.integer, start: Scalar, end: Scalar, progress_of: Callable[[Array], Array]
+) -> Schedule:
+    steps = positive_count("total_steps", total_steps)
+    start = finite_number("start", start)
+    end = finite_number("end", end)
+
+    def weight(step: Scalar) -> Float[Array, "..."]:
+        progress = progress_of(jnp.clip(_progress(step, steps, start, end), 0.0, 1.0))
+        return (1.0 - progress) * start + progress * end
+
+    return weight
+
+
+def constant_schedule(value: Scalar) -> Schedule:
+    """Weight that is the same at every step.
+
+    Args:
+      value: the weight, finite.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `value` is not finite.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> print(gj.constant_schedule(0.5)(np.arange(3)))
+      [0.5 0.5 0.5]
+    """
+    value = finite_number("value", value)
+
+    def weight(step: Scalar) -> Float[Array, "..."]:
+        return jnp.broadcast_to(jnp.asarray(value, _weight_dtype(step, value)), jnp.shape(step))
+
+    return weight
+
+
+def reversed_schedule(schedule: Schedule, total_steps: int | np.integer) -> Schedule:
+    """The same weights in the opposite order: step `t` gets the weight of step `total_steps - 1 - t`.
+
+    Over the steps 0 to `total_steps - 1` it takes exactly the values of `schedule`, so both have the same mean weight.
+
+    Args:
+      schedule: the schedule to reverse.
+      total_steps: number of training steps, a positive integer.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: if `total_steps` is not positive.
+
+    Examples:
+      >>> import numpy as np, gompertz_jax as gj
+      >>> weight = gj.reversed_schedule(gj.linear_schedule(4), 4)
+      >>> print(weight(np.arange(4)))
+      [0.75 0.5  0.25 0.  ]
+    """
+    last = positive_count("total_steps", total_steps) - 1
+
+    def weight(step: Scalar) -> Any:
+        step = jnp.asarray(step)
+        if jnp.issubdtype(step.dtype, jnp.integer):
+            # A difference of unsigned or 8-bit steps would wrap around.
+            step = step.astype(jnp.promote_types(step.dtype, jnp.int32))
+        return schedule(last - step)
+
+    return weight
+
+
+def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> float:
+    r"""Mean of a schedule over the steps 0 to `total_steps - 1`.
+
+    .. math:: \bar w = \frac{\sum_t v(t) \, w(t)}{\sum_t v(t)}
+
+    with `v = 1` unless `weights` is given. Every step is evaluated, exactly as the training step would evaluate it, and summed in float64.
+
+    Args:
+      schedule: the schedule `w`.
+      total_steps: number of training steps, a positive integer.
+      weights: another schedule `v`, for instance the learning rate: a weight that comes when the steps are small moves
+        the parameters less.
+
+    Returns:
+      The mean weight.
+
+    Raises:
+      ValueError: if `total_steps` is not positive, or the sum of `weights` is 0 or not finite.
+
+    Examples:
+      >>> import gompertz_jax as gj
+      >>> curve = gj.gompertz_schedule(1000)
+      >>> round(gj.mean_weight(curve, 1000), 3)
+      0.726
+      >>> learning_rate = gj.cosine_schedule(1000, start=0.05, end=0.0)
+      >>> round(gj.mean_weight(curve, 1000, weights=learning_rate), 3)
+      0.517
+    """
+    steps = positive_count("total_steps", total_steps)
+    numerator = denominator = 0.0
+    for first in range(0, steps, _STEPS_AT_ONCE):
+        chunk = np.arange(first, min(first + _STEPS_AT_ONCE, steps))
+        emphasis = np.ones(len(chunk)) if weights is None else _values(weights, chunk)
+        numerator += float(np.sum(emphasis * _values(schedule, chunk)))
+        denominator += float(np.sum(emphasis))
+    if denominator == 0.0 or not math.isfinite(denominator):
+        raise ValueError(f"weights must have a finite sum other than 0 over total_steps={steps}, got {denominator!r}")
+    return numerator / denominator
+
+
+def matched_constant(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> Schedule:
+    """The constant schedule with the same mean weight: the control of equal area.
+
+    A schedule can help by its shape or by its area. Against this control only the shape is left. With `weights`, for
+    instance the learning rate, the weighted areas are equal instead.
+
+    Args:
+      schedule: the schedule to match.
+      total_steps: number of training steps, a positive integer.
+      weights: another schedule, see `mean_weight`.
+
+    Returns:
+      The schedule: step `[...]` -> weight `[...]`.
+
+    Raises:
+      ValueError: as `mean_weight`.
+
+    Examples:
+      >>> import gompertz_jax as gj
+      >>> control = gj.matched_constant(gj.linear_schedule(5), 5)
+      >>> round(float(control(0)), 3)
+      0.4
+    """
+    return constant_schedule(mean_weight(schedule, total_steps, weights=weights))
+
+
+def _weight_dtype(step: Any, *parameters: Any) -> Any:
+    # Python floats are constants of the curve and follow the step's dtype; a traced parameter has a dtype of its own.
+    return compute_dtype(step, *(parameter for parameter in parameters if not isinstance(parameter, float)))
+
+
+def _progress(step: Any, total_steps: int, *parameters: Any) -> Array:
+    """Step / total_steps, in the dtype in which the curve with these parameters is computed."""
+    return jnp.asarray(step, _weight_dtype(step, *parameters)) / total_steps
+
+
+def _values(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
+    # vmap shows the schedule the scalar step that the training step shows it; compile-time evaluation makes this work
+    # inside a function that is being traced, too.
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.asarray(steps)), np.float64)
