@@ -1,0 +1,139 @@
+"""The layers of the networks here: parameters in float32, arithmetic in the dtype of the images they receive."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from . import convolution
+
+
+class Draws:
+    """The random numbers of a whole network, drawn at once and dealt out parameter by parameter.
+
+    XLA on CPU takes about a second to compile a draw of each new shape, and a network has up to thirty: MobileNetV2
+    took 23 s to create with a draw for each parameter, and takes 2 s with one for all.
+
+    Args:
+      numbers: independent standard normal numbers; None deals out zeros and only counts.
+    """
+
+    def __init__(self, numbers: Float[Array, " count"] | None = None):
+        self.used = 0
+        self._numbers = numbers
+
+    def normal(self, shape: tuple[int, ...], stddev: float) -> Array:
+        """Normal numbers of mean 0."""
+        start, self.used = self.used, self.used + math.prod(shape)
+        if self._numbers is None:
+            return jnp.zeros(shape, jnp.float32)
+        return stddev * self._numbers[start : self.used].reshape(shape)
+
+    def uniform(self, shape: tuple[int, ...], bound: float) -> Array:
+        """Uniform numbers between plus and minus `bound`: erf(z / sqrt 2) of a standard normal z is uniform in ±1."""
+        return bound * jax.lax.erf(self.normal(shape, 0.5**0.5))
+
+
+def he_normal(draws: Draws, shape: tuple[int, ...]) -> Array:
+    """A kernel `[kh, kw, C, O]` of variance 2 / (kh kw O).
+
+    He et al., "Delving Deep into Rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852, equation 14.
+    """
+    return draws.normal(shape, (2 / (shape[0] * shape[1] * shape[3])) ** 0.5)
+
+
+class Conv(nnx.Module):
+    """A square convolution without bias, padded by `kernel_size // 2` on every side unless told otherwise."""
+
+    def __init__(self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, draws: Draws):
+        self.kernel = nnx.Param(he_normal(draws, (kernel_size, kernel_size, channels, filters)))
+        self.strides = (stride, stride)
+        self.padding = ((kernel_size // 2,) * 2,) * 2
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ filters"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        return convolution.conv(x, kernel, strides=self.strides, padding=self.padding)
+
+
+class DepthwiseConv(nnx.Module):
+    """A square convolution without bias that keeps the channels apart."""
+
+    def __init__(self, channels: int, kernel_size: int, *, stride: int = 1, draws: Draws):
+        self.kernel = nnx.Param(he_normal(draws, (kernel_size, kernel_size, 1, channels)))
+        self.strides = (stride, stride)
+        self.padding = ((kernel_size // 2,) * 2,) * 2
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        return convolution.depthwise_conv(x, kernel, strides=self.strides, padding=self.padding)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over everything but the channels, with PyTorch's constants and its unbiased running variance.
+
+    Not `nnx.BatchNorm`: that one rounds the running statistics to the compute dtype in evaluation, and tracks the
+    biased variance. Here both statistics and the normalisation itself are in float32 for bfloat16 images.
+
+    Ioffe and Szegedy, "Batch Normalization", ICML 2015, https://arxiv.org/abs/1502.03167
+    """
+
+    momentum = 0.9  # PyTorch counts from the other end: its 0.1
+    epsilon = 1e-5
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], *, train: bool
+    ) -> Float[Array, "batch height width channels"]:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        raised = x.astype(dtype)
+        if train:
+            mean = raised.mean((0, 1, 2))
+            var = jnp.square(raised - mean).mean((0, 1, 2))
+            count = x.size // x.shape[-1]
+            self._track(self.mean, mean)
+            self._track(self.var, var * (count / max(count - 1, 1)))
+        else:
+            mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
+        gain = self.scale[...].astype(dtype) * jax.lax.rsqrt(var + self.epsilon)
+        return ((raised - mean) * gain + self.bias[...].astype(dtype)).astype(x.dtype)
+
+    def _track(self, running: nnx.BatchStat, batch: Array) -> None:
+        batch = jax.lax.stop_gradient(batch)
+        updated = self.momentum * running[...] + (1 - self.momentum) * batch
+        running[...] = updated.astype(running[...].dtype)
+
+
+class Linear(nnx.Module):
+    """An affine map in at least float32, so that logits are never rounded to the compute dtype."""
+
+    def __init__(self, features: int, classes: int, *, stddev: float | None = None, draws: Draws):
+        """Draw from PyTorch's uniform ±1/sqrt(features); with `stddev`, a normal kernel and a zero bias instead."""
+        shape = (features, classes)
+        if stddev is None:
+            bound = features**-0.5
+            kernel, bias = draws.uniform(shape, bound), draws.uniform((classes,), bound)
+        else:
+            kernel, bias = draws.normal(shape, stddev), jnp.zeros(classes, jnp.float32)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
+
+
+def max_pool_3x3(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
+    """Maximum over 3x3 windows at stride 2, padded by one pixel of minus infinity."""
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def global_mean(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch channels"]:
+    """Mean over the positions, in at least float32."""
+    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

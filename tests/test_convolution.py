@@ -1,0 +1,251 @@
+"""The convolution rules against direct sums in float64 NumPy, and their derivatives against XLA's own in float64."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import signal
+
+from gompertz_jax.models.convolution import conv, depthwise_conv
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+# image, kernel, strides, padding
+GEOMETRIES = [
+    ((6, 5), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((6, 6), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((7, 5), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((9, 8), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((5, 6), (1, 1), (1, 1), ((0, 0), (0, 0))),
+    ((5, 6), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((6, 6), (2, 3), (3, 2), ((0, 2), (1, 0))),
+    ((8, 7), (3, 3), (1, 1), ((0, 0), (0, 0))),
+    ((4, 4), (1, 1), (1, 1), ((1, 1), (1, 1))),
+    ((7, 7), (2, 2), (3, 3), ((0, 0), (0, 0))),
+]
+DEPTHWISE_GEOMETRIES = [GEOMETRIES[i] for i in (0, 1, 2, 6, 7, 9)]
+
+
+def reference(x, w, strides, padding):
+    """Correlate channel by channel with SciPy at stride 1, then keep every stride-th position."""
+    x = np.pad(x, ((0, 0), *padding, (0, 0)))
+    out = sum(
+        np.stack(
+            [
+                [signal.correlate(image[:, :, c], w[:, :, c, o], mode="valid", method="direct") for image in x]
+                for o in range(w.shape[3])
+            ],
+            axis=-1,
+        )
+        for c in range(w.shape[2])
+    )
+    return out[:, :: strides[0], :: strides[1]]
+
+
+def depthwise_reference(x, w, strides, padding):
+    channels = [reference(x[..., c : c + 1], w[..., c : c + 1], strides, padding) for c in range(x.shape[3])]
+    return np.concatenate(channels, axis=3)
+
+
+def stock(x, w, strides, padding):
+    groups = x.shape[3] // w.shape[2]
+    return jax.lax.conv_general_dilated(
+        x, w, strides, padding, dimension_numbers=DIMENSIONS, feature_group_count=groups
+    )
+
+
+def draw(image, kernel, *, batch=2, channels=3, filters=4, depthwise=False, dtype=np.float64, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(batch, *image, channels)).astype(dtype)
+    w = generator.normal(size=(*kernel, 1, channels) if depthwise else (*kernel, channels, filters)).astype(dtype)
+    return x, w
+
+
+CASES = [(conv, reference, False, geometry) for geometry in GEOMETRIES]
+CASES += [(depthwise_conv, depthwise_reference, True, geometry) for geometry in DEPTHWISE_GEOMETRIES]
+cases = pytest.mark.parametrize(("function", "expected", "depthwise", "geometry"), CASES)
+
+
+@cases
+def test_output_is_the_direct_sum(function, expected, depthwise, geometry):
+    image, kernel, strides, padding = geometry
+    with jax.enable_x64(True):
+        x, w = draw(image, kernel, depthwise=depthwise)
+        got = jax.jit(partial(function, strides=strides, padding=padding))(x, w)
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, expected(x, w, strides, padding), rtol=1e-12, atol=1e-12)
+
+
+def test_stride_two_reads_the_positions_that_pytorch_reads():
+    # torch.nn.functional.conv2d(arange(16).view(1, 1, 4, 4), one at the kernel's centre, stride=2, padding=1)
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    w = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    np.testing.assert_array_equal(
+        conv(x, w, strides=(2, 2), padding=((1, 1), (1, 1)))[0, :, :, 0], [[0.0, 2.0], [8.0, 10.0]]
+    )
+
+
+@cases
+def test_gradients_agree_with_finite_differences(function, expected, depthwise, geometry):
+    """Along one random direction: the sums below are polynomials of low degree, exact to rounding by differences."""
+    image, kernel, strides, padding = geometry
+    with jax.enable_x64(True):
+        x, w = draw(image, kernel, depthwise=depthwise)
+        dx, dw = draw(image, kernel, depthwise=depthwise, seed=1)
+
+        def value(x, w):
+            return 0.5 * (expected(x, w, strides, padding) ** 2).sum()
+
+        gradient_x, gradient_w = jax.jit(
+            jax.grad(lambda x, w: 0.5 * (function(x, w, strides=strides, padding=padding) ** 2).sum(), (0, 1))
+        )(x, w)
+        h = 1e-4
+        np.testing.assert_allclose(
+            np.vdot(gradient_x, dx), (value(x + h * dx, w) - value(x - h * dx, w)) / (2 * h), rtol=1e-8
+        )
+        np.testing.assert_allclose(
+            np.vdot(gradient_w, dw), (value(x, w + h * dw) - value(x, w - h * dw)) / (2 * h), rtol=1e-8
+        )
+
+
+def gradients(f, x, w, order):
+    """Gradients of every order up to `order`, of x and w in every sequence, each contracted to a scalar by tanh."""
+    result = {}
+    scalars = {(): lambda x, w: jnp.tanh(f(x, w)).sum()}
+    for length in range(1, order + 1):
+        scalars = {
+            (*path, argument): jax.grad(scalar, argument) for path, scalar in scalars.items() for argument in (0, 1)
+        }
+        result |= {path: gradient(x, w) for path, gradient in scalars.items()}
+        if length < order:
+            scalars = {path: lambda x, w, g=g: jnp.tanh(g(x, w)).sum() for path, g in scalars.items()}
+    return result
+
+
+@cases
+def test_first_and_second_derivatives_in_any_sequence(function, expected, depthwise, geometry):
+    image, kernel, strides, padding = geometry
+    with jax.enable_x64(True):
+        x, w = map(jnp.asarray, draw(image, kernel, depthwise=depthwise))
+
+        def both(x, w):
+            ours = gradients(lambda x, w: function(x, w, strides=strides, padding=padding), x, w, 2)
+            return ours, gradients(lambda x, w: stock(x, w, strides, padding), x, w, 2)
+
+        ours, theirs = jax.jit(both)(x, w)
+        assert set(ours) == {p for n in (1, 2) for p in itertools.product((0, 1), repeat=n)}
+        for path, gradient in ours.items():
+            np.testing.assert_allclose(gradient, theirs[path], rtol=1e-9, atol=1e-9, err_msg=str(path))
+
+
+@pytest.mark.parametrize(("function", "depthwise"), [(conv, False), (depthwise_conv, True)])
+def test_third_derivative(function, depthwise):
+    image, kernel, strides, padding = GEOMETRIES[1]
+    with jax.enable_x64(True):
+        x, w = map(jnp.asarray, draw(image, kernel, depthwise=depthwise))
+
+        def third(f):
+            inner = jax.grad(lambda x, w: jnp.tanh(f(x, w)).sum())
+            middle = jax.grad(lambda x, w: jnp.tanh(inner(x, w)).sum(), 1)
+            return jax.grad(lambda x, w: jnp.tanh(middle(x, w)).sum(), (0, 1))
+
+        ours = third(lambda x, w: function(x, w, strides=strides, padding=padding))
+        theirs = third(lambda x, w: stock(x, w, strides, padding))
+        for got, want in zip(jax.jit(ours)(x, w), jax.jit(theirs)(x, w), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def input_gradient_penalty(f):
+    """The shape of a gradient-matching step: parameters' gradient of a function of the images' pull-back."""
+
+    def penalty(w, x):
+        y, pull_back = jax.vjp(lambda x: jnp.tanh(f(x, w)), x)
+        (gradient,) = pull_back(jnp.ones_like(y))
+        return (gradient**2).sum() + y.sum()
+
+    return jax.grad(penalty)
+
+
+CONTEXTS = {
+    "jit": lambda f, w, x: f(w, x),
+    "scan": lambda f, w, x: jax.lax.scan(lambda total, x: (total + f(w, x), None), jnp.zeros_like(w), x[None])[0],
+    "map": lambda f, w, x: jax.lax.map(lambda x: f(w, x), x[None])[0],
+    "cond": lambda f, w, x: jax.lax.cond(x.sum() < 1e9, f, lambda w, x: jnp.zeros_like(w), w, x),
+    "vmap of images": lambda f, w, x: jax.vmap(f, (None, 0))(w, x[None])[0],
+    "vmap of kernels": lambda f, w, x: jax.vmap(f, (0, None))(jnp.stack([w, 2 * w]), x)[0],
+    "checkpoint": lambda f, w, x: jax.checkpoint(f)(w, x),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("function", "depthwise"), [(conv, False), (depthwise_conv, True)])
+def test_second_order_in_every_context(function, depthwise, context):
+    image, kernel, strides, padding = GEOMETRIES[1]
+    with jax.enable_x64(True):
+        x, w = map(jnp.asarray, draw(image, kernel, depthwise=depthwise))
+        ours = input_gradient_penalty(lambda x, w: function(x, w, strides=strides, padding=padding))
+        theirs = input_gradient_penalty(lambda x, w: stock(x, w, strides, padding))
+        got = jax.jit(lambda w, x: CONTEXTS[context](ours, w, x))(w, x)
+        np.testing.assert_allclose(got, jax.jit(theirs)(w, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("function", "depthwise"), [(conv, False), (depthwise_conv, True)])
+def test_jit_is_eager(function, depthwise):
+    image, kernel, strides, padding = GEOMETRIES[1]
+    x, w = map(jnp.asarray, draw(image, kernel, depthwise=depthwise, dtype=np.float32))
+
+    def gradient(x, w):
+        return jax.grad(lambda x, w: (function(x, w, strides=strides, padding=padding) ** 2).sum(), (0, 1))(x, w)
+
+    for eager, jitted in zip(gradient(x, w), jax.jit(gradient)(x, w), strict=True):
+        np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("function", "depthwise"), [(conv, False), (depthwise_conv, True)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_bfloat16_stays_and_is_close(function, depthwise, strides):
+    padding = ((1, 1), (1, 1))
+    x, w = draw((8, 8), (3, 3), depthwise=depthwise)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+
+    def value(x, w):
+        return (function(x, w, strides=strides, padding=padding).astype(jnp.float32) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(value, (0, 1)))
+    assert function(x, w, strides=strides, padding=padding).dtype == jnp.bfloat16
+    for got, want in zip(gradient(x, w), gradient(x.astype(jnp.float32), w.astype(jnp.float32)), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max()) < 2e-2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(("function", "depthwise"), [(conv, False), (depthwise_conv, True)])
+def test_other_backends_get_the_stock_program(function, depthwise, platform):
+    """Lowered for an accelerator, the weight gradient is XLA's one dilated convolution: no transposes, no products."""
+    x, w = map(jnp.asarray, draw((8, 8), (3, 3), depthwise=depthwise, dtype=np.float32))
+    gradient = jax.grad(lambda w, x: function(x, w, strides=(2, 2), padding=((1, 1), (1, 1))).sum())
+    text = jax.jit(gradient).trace(w, x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") >= 1
+    assert "stablehlo.dot_general" not in text
+    assert "rhs_dilate = [2, 2]" in text
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_no_branch_is_left_in_the_cpu_program(depthwise):
+    x, w = map(jnp.asarray, draw((8, 8), (3, 3), depthwise=depthwise, dtype=np.float32))
+    function = depthwise_conv if depthwise else conv
+    gradient = input_gradient_penalty(lambda x, w: function(x, w, padding=((1, 1), (1, 1))))
+
+    def steps(w, x):
+        return jax.lax.scan(lambda w, _: (w - gradient(w, x), None), w, length=2)[0]
+
+    assert "conditional" not in jax.jit(steps).lower(w, x).compile().as_text()
+
+
+def test_a_kernel_too_large_is_refused():
+    x, w = jnp.zeros((1, 4, 4, 1)), jnp.zeros((7, 7, 1, 1))
+    with pytest.raises(ValueError, match=r"kernel of \(7, 7\) does not fit"):
+        conv(x, w, padding=((1, 1), (1, 1)))

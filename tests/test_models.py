@@ -1,0 +1,447 @@
+"""Networks by name: sizes, values against NumPy, normalisation, dtypes, identity, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import signal
+
+import gompertz_jax as gj
+from gompertz_jax.models.layers import BatchNorm, Draws, Linear
+from gompertz_jax.models.mobilenet import InvertedResidual
+
+THIN = ["16@32", "16@32", "32@16", "64@8"]
+THIN_X4 = ["32@32", "64@32", "128@16", "256@8"]
+WIDE = ["64@32", "64@32", "128@16", "256@8", "512@4"]
+BOTTLENECK = ["64@32", "256@32", "512@16", "1024@8", "2048@4"]
+
+# name -> parameters at 100 classes as published or as counted by PyTorch, maps of a 32x32 image, pooled
+NETWORKS = {
+    "resnet8": (83_892, THIN, 64),
+    "resnet14": (181_108, THIN, 64),
+    "resnet20": (278_324, THIN, 64),
+    "resnet32": (472_756, THIN, 64),
+    "resnet44": (667_188, THIN, 64),
+    "resnet56": (861_620, THIN, 64),
+    "resnet110": (1_736_564, THIN, 64),
+    "resnet8x4": (1_233_540, THIN_X4, 256),
+    "resnet32x4": (7_433_860, THIN_X4, 256),
+    "resnet18": (11_220_132, WIDE, 512),
+    "resnet34": (21_328_292, WIDE, 512),
+    "resnet50": (23_705_252, BOTTLENECK, 2048),
+    "mobilenetv2": (812_836, ["16@16", "12@16", "16@8", "48@4", "160@2", "1280@2"], 1280),
+}
+
+
+def abstract(name, **options):
+    options = {"num_classes": 100, **options}
+    return jax.eval_shape(lambda key: gj.models.create(name, key=key, **options), jax.random.key(0))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def shapes(network, size=32, channels=3, train=False):
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    outputs, _ = jax.eval_shape(lambda network, images: network.forward(images, train=train), network, images)
+    return outputs
+
+
+def small(name="resnet8", classes=10, size=8, channels=1, seed=0, **options):
+    network = gj.models.create(name, num_classes=classes, in_channels=channels, key=jax.random.key(seed), **options)
+    images = jax.random.uniform(jax.random.key(seed + 1), (4, size, size, channels))
+    return network, images
+
+
+def test_every_network_has_its_row():
+    assert set(gj.models.names()) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_and_maps(name):
+    parameters, maps, pooled = NETWORKS[name]
+    network = abstract(name)
+    outputs = shapes(network)
+    assert count(network.params) == parameters
+    assert [f"{feature.shape[3]}@{feature.shape[1]}" for feature in outputs.features] == maps
+    assert outputs.pooled.shape == (2, pooled)
+    assert outputs.logits.shape == (2, 100)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((network.params, network.stats)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters", "maps"),
+    [
+        # torchvision's counts at 1000 classes
+        ("resnet18", {"stem": "imagenet"}, 11_689_512, ["64@56", "64@56", "128@28", "256@14", "512@7"]),
+        ("resnet34", {"stem": "imagenet"}, 21_797_672, ["64@56", "64@56", "128@28", "256@14", "512@7"]),
+        ("resnet50", {"stem": "imagenet"}, 25_557_032, ["64@56", "256@56", "512@28", "1024@14", "2048@7"]),
+        (
+            "mobilenetv2",
+            {"stem": "imagenet", "width": 1.0},
+            3_504_872,
+            ["32@112", "24@56", "32@28", "96@14", "320@7", "1280@7"],
+        ),
+    ],
+)
+def test_imagenet_stems(name, options, parameters, maps):
+    network = abstract(name, num_classes=1000, **options)
+    assert count(network.params) == parameters
+    outputs = shapes(network, size=224)
+    assert [f"{feature.shape[3]}@{feature.shape[1]}" for feature in outputs.features] == maps
+
+
+def test_mobilenetv2_stems_on_small_images():
+    assert count(abstract("mobilenetv2", stem="imagenet", width=1.0).params) == 2_351_972
+    ends = {stem: shapes(abstract("mobilenetv2", stem=stem)).features[-1].shape[1:3] for stem in ("strided", "cifar")}
+    assert ends == {"strided": (2, 2), "cifar": (4, 4)}
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet50", "mobilenetv2"])
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (33, 4)])
+def test_other_image_sizes(name, size, channels):
+    outputs = shapes(abstract(name, in_channels=channels), size=size, channels=channels, train=True)
+    assert outputs.logits.shape == (2, 100)
+
+
+# An independent forward pass in NumPy, float64.
+
+
+def np_conv(x, kernel, stride=1):
+    pad = kernel.shape[0] // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    full = np.stack(
+        [
+            sum(
+                np.stack([signal.correlate(image[:, :, c], kernel[:, :, c, o], "valid", "direct") for image in x])
+                for c in range(kernel.shape[2])
+            )
+            for o in range(kernel.shape[3])
+        ],
+        axis=-1,
+    )
+    return full[:, ::stride, ::stride]
+
+
+def np_norm(x, params, stats, train):
+    mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
+    return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+
+def np_conv_norm(x, params, stats, train, stride=1):
+    return np_norm(np_conv(x, params["conv"]["kernel"], stride), params["norm"], stats["norm"], train)
+
+
+def np_resnet8(params, stats, x, train):
+    x = np.maximum(np_conv_norm(x, params["stem"], stats["stem"], train), 0)
+    features = [x]
+    for stage, stride in (("stage1_block1", 1), ("stage2_block1", 2), ("stage3_block1", 2)):
+        p, s = params[stage], stats[stage]
+        shortcut = np_conv_norm(x, p["shortcut"], s["shortcut"], train, stride) if "shortcut" in p else x
+        x = np.maximum(np_conv_norm(x, p["first"], s["first"], train, stride), 0)
+        x = np.maximum(np_conv_norm(x, p["second"], s["second"], train) + shortcut, 0)
+        features.append(x)
+    pooled = x.mean((1, 2))
+    return pooled @ params["head"]["kernel"] + params["head"]["bias"], features, pooled
+
+
+def scrambled(network, seed=2):
+    """The network with positive random scales, biases, means and variances, in float64 NumPy."""
+    generator = np.random.default_rng(seed)
+
+    def scramble(leaf):
+        leaf = np.asarray(leaf, np.float64)
+        return generator.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else leaf
+
+    return network.replace(params=jax.tree.map(scramble, network.params), stats=jax.tree.map(scramble, network.stats))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_resnet8_is_the_numpy_network(train):
+    network, images = small()
+    with jax.enable_x64(True):
+        network, images = scrambled(network), np.asarray(images, np.float64)
+        arrays = jax.tree.map(jnp.asarray, (network.params, network.stats, images))
+        outputs, _ = jax.jit(network.apply, static_argnames="train")(*arrays, train=train)
+        logits, features, pooled = np_resnet8(network.params, network.stats, images, train)
+        assert outputs.logits.dtype == jnp.float64
+        np.testing.assert_allclose(outputs.logits, logits, rtol=1e-10)
+        np.testing.assert_allclose(outputs.pooled, pooled, rtol=1e-10)
+        for got, want in zip(outputs.features, features, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("stride", "filters"), [(1, 3), (1, 4), (2, 3)])
+@pytest.mark.parametrize("relu6", [False, True])
+def test_inverted_residual_is_the_numpy_block(stride, filters, relu6):
+    with jax.enable_x64(True):
+        generator = np.random.default_rng(0)
+        numbers = jnp.asarray(generator.normal(size=1000), jnp.float32)
+        block = InvertedResidual(3, filters, expansion=2, stride=stride, relu6=relu6, draws=Draws(numbers))
+        _, params, stats = nnx.split(block, nnx.Param, nnx.BatchStat)
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(params))
+        s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(stats))
+        x = 4 * generator.normal(size=(2, 5, 6, 3))
+        ceiling = 6 if relu6 else np.inf
+        hidden = np.clip(np_conv_norm(x, p["expand"], s["expand"], False), 0, ceiling)
+        kernel = p["depthwise"]["kernel"]
+        hidden = np.concatenate(
+            [np_conv(hidden[..., c : c + 1], kernel[..., c : c + 1], stride) for c in range(6)], axis=-1
+        )
+        hidden = np.clip(np_norm(hidden, p["depthwise_norm"], s["depthwise_norm"], False), 0, ceiling)
+        want = np_conv_norm(hidden, p["project"], s["project"], False)
+        want = want + x if stride == 1 and filters == 3 else want
+        np.testing.assert_allclose(jax.jit(lambda x: block(x, train=False))(x), want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_max_pool_of_the_imagenet_stem():
+    network = gj.models.create("resnet18", num_classes=2, key=jax.random.key(0), stem="imagenet")
+    images = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
+    outputs, _ = jax.jit(network.apply, static_argnames="train")(network.params, network.stats, images, train=False)
+    params, stats = (jax.tree.map(np.asarray, tree["stem"]) for tree in (network.params, network.stats))
+    stem = np.maximum(np_conv_norm(np.asarray(images), params, stats, False, stride=2), 0)
+    padded = np.pad(stem, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
+    np.testing.assert_allclose(outputs.features[0], windows.max((-1, -2)), rtol=1e-4, atol=1e-5)
+
+
+def test_second_order_agrees_with_finite_differences():
+    """The gradient, by the parameters, of a function of logits and input gradients in training mode."""
+    network, images = small(classes=3)
+    with jax.enable_x64(True):
+        network = scrambled(network)
+        params, stats, images = jax.tree.map(jnp.asarray, (network.params, network.stats, np.asarray(images, "f8")))
+
+        def value(params):
+            logits, pull_back, _ = jax.vjp(
+                lambda images: (lambda o, s: (o.logits, s))(*network.apply(params, stats, images, train=True)),
+                images,
+                has_aux=True,
+            )
+            (gradient,) = pull_back(jnp.ones_like(logits))
+            return (jnp.tanh(gradient) ** 2).sum() + jnp.tanh(logits).sum()
+
+        generator = np.random.default_rng(3)
+        direction = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape), params)
+        h = 1e-6
+
+        @jax.jit
+        def both(params):
+            gradient = jax.grad(value)(params)
+            slope = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+            ahead = value(jax.tree.map(lambda p, d: p + h * d, params, direction))
+            behind = value(jax.tree.map(lambda p, d: p - h * d, params, direction))
+            return slope, (ahead - behind) / (2 * h)
+
+        slope, difference = both(params)
+        np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+# Normalisation
+
+
+def run_norm(x, train, mean=0.0, var=1.0):
+    norm = BatchNorm(x.shape[-1])
+    norm.mean[...] = jnp.full(x.shape[-1], mean, jnp.float32)
+    norm.var[...] = jnp.full(x.shape[-1], var, jnp.float32)
+    norm.scale[...] = jnp.full(x.shape[-1], 2.0, jnp.float32)
+    norm.bias[...] = jnp.full(x.shape[-1], 0.5, jnp.float32)
+    return norm(x, train=train), norm
+
+
+def test_batch_norm_in_training_mode():
+    x = np.random.default_rng(0).normal(3.0, 2.0, (4, 3, 3, 5)).astype(np.float32)
+    y, norm = run_norm(jnp.asarray(x), True, mean=1.0, var=4.0)
+    z = x.astype(np.float64)
+    want = (z - z.mean((0, 1, 2))) / np.sqrt(z.var((0, 1, 2)) + 1e-5) * 2 + 0.5
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    # torch.nn.BatchNorm2d: momentum 0.1, and the running variance is the unbiased one
+    np.testing.assert_allclose(norm.mean[...], 0.9 * 1.0 + 0.1 * z.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(norm.var[...], 0.9 * 4.0 + 0.1 * z.var((0, 1, 2), ddof=1), rtol=1e-6)
+
+
+def test_batch_norm_in_evaluation_mode():
+    x = jnp.asarray(np.random.default_rng(0).normal(3.0, 2.0, (4, 3, 3, 5)), jnp.float32)
+    y, norm = run_norm(x, False, mean=1.0, var=4.0)
+    np.testing.assert_allclose(y, (x - 1.0) / np.sqrt(4.0 + 1e-5) * 2 + 0.5, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(norm.mean[...], np.full(5, 1.0))
+
+
+def test_batch_norm_far_from_zero_and_of_one_position():
+    x = jnp.asarray(np.random.default_rng(0).normal(300.0, 0.1, (8, 4, 4, 2)), jnp.float32)
+    y, _ = run_norm(x, True)
+    np.testing.assert_allclose(jnp.std(y, (0, 1, 2)), 2.0, rtol=2e-2)
+    y, norm = run_norm(jnp.ones((1, 1, 1, 2)), True)
+    assert jnp.isfinite(y).all() and jnp.isfinite(norm.var[...]).all()
+    gradient = jax.grad(lambda x: run_norm(x, True)[0].sum())(jnp.ones((2, 2, 2, 2)))
+    assert jnp.isfinite(gradient).all()
+
+
+def test_batch_norm_sums_bfloat16_in_float32():
+    """65,536 values of 1.0: a sum in bfloat16 stalls at 256."""
+    x = jnp.ones((16, 64, 64, 1), jnp.bfloat16) * jnp.asarray(1.5, jnp.bfloat16)
+    y, norm = run_norm(x, True, mean=1.5)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(norm.mean[...], 1.5, rtol=1e-6)
+    assert norm.mean[...].dtype == norm.var[...].dtype == norm.scale[...].dtype == jnp.float32
+
+
+# dtypes, statistics, identity
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(name):
+    network, images = small(name, dtype=jnp.bfloat16, size=16)
+
+    def loss(params, images):
+        outputs, stats = network.replace(params=params).forward(images, train=True)
+        return outputs.logits.sum(), (outputs, stats)
+
+    abstract_gradient, (outputs, stats) = jax.eval_shape(jax.grad(loss, has_aux=True), network.params, images)
+    assert all(feature.dtype == jnp.bfloat16 for feature in outputs.features)
+    assert outputs.logits.dtype == outputs.pooled.dtype == jnp.float32
+    for tree in (network.params, network.stats, stats, abstract_gradient):
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
+
+
+def test_bfloat16_is_close_to_float32():
+    network, images = small()
+    rounded, _ = small(dtype=jnp.bfloat16)
+    logits = [jax.jit(lambda n: n.forward(images, train=False)[0].logits)(n) for n in (network, rounded)]
+    assert logits[1].dtype == jnp.float32
+    assert float(jnp.abs(logits[0] - logits[1]).max()) < 0.05 * float(jnp.abs(logits[0]).max())
+
+
+def test_statistics_change_in_training_mode_only():
+    network, images = small()
+    _, after_training = network.forward(images, train=True)
+    _, after_evaluation = network.forward(images, train=False)
+    assert after_evaluation is network.stats
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, after_training, network.stats)
+    assert all(jax.tree.leaves(same))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after_training, network.stats)))
+
+
+def test_statistics_survive_scan_in_either_precision():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        network, images = small(dtype=dtype)
+
+        def step(stats, _, network=network, images=images):
+            return network.replace(stats=stats).forward(images, train=True)[1], None
+
+        stats, _ = jax.jit(lambda stats, step=step: jax.lax.scan(step, stats, length=2))(network.stats)
+        assert jax.tree.structure(stats) == jax.tree.structure(network.stats)
+
+
+def test_params_are_plain_dicts_of_strings():
+    def check(tree):
+        assert type(tree) is dict
+        for name, child in tree.items():
+            assert type(name) is str
+            if not isinstance(child, jax.Array):
+                check(child)
+
+    network, _ = small()
+    check(network.params)
+    check(network.stats)
+
+
+def test_one_apply_per_name_and_options():
+    first, images = small(seed=0)
+    second, _ = small(seed=5)
+    explicit = gj.models.create("mobilenetv2", num_classes=10, key=jax.random.key(0), width=0.5)
+    implicit = gj.models.create("mobilenetv2", num_classes=10, key=jax.random.key(1))
+    other = gj.models.create("mobilenetv2", num_classes=10, key=jax.random.key(1), width=1.0)
+    assert first.apply is second.apply
+    assert explicit.apply is implicit.apply
+    assert other.apply is not implicit.apply
+    traces = []
+
+    @jax.jit
+    def logits(network):
+        traces.append(None)
+        return network.forward(images, train=False)[0].logits
+
+    assert (logits(first) != logits(second)).any()
+    assert len(traces) == 1
+
+
+def test_jit_is_eager():
+    network, images = small()
+    eager, _ = network.forward(images, train=True)
+    jitted, _ = jax.jit(lambda network: network.forward(images, train=True))(network)
+    for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(eager), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_keys_equal_parameters_and_shapes_as_announced():
+    a, b, c = (gj.models.create("resnet20", num_classes=100, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a.params, b.params)))
+    assert (a.params["stem"]["conv"]["kernel"] != c.params["stem"]["conv"]["kernel"]).any()
+    announced = abstract("resnet20")
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), announced.params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), a.params
+    )
+
+
+def test_initialisation():
+    network = gj.models.create("resnet20", num_classes=100, key=jax.random.key(0))
+    params = network.params
+    kernel = params["stage3_block2"]["first"]["conv"]["kernel"]  # 36,864 numbers: standard error 0.4 %
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
+    np.testing.assert_allclose(params["head"]["kernel"].std(), 1 / 8 / np.sqrt(3), rtol=0.04)
+    assert jnp.abs(params["head"]["kernel"]).max() <= 1 / 8 and jnp.abs(params["head"]["bias"]).max() <= 1 / 8
+    norm = params["stage1_block1"]["first"]["norm"]
+    assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()
+    head = gj.models.create("mobilenetv2", num_classes=100, key=jax.random.key(0)).params["head"]
+    np.testing.assert_allclose(head["kernel"].std(), 0.01, rtol=0.02)
+    assert (head["bias"] == 0).all()
+
+
+def test_draws_are_dealt_out_once_each_and_uniform_is_uniform():
+    draws = Draws(jax.random.normal(jax.random.key(0), (20_000,)))
+    first, second = draws.normal((50, 100), 1.0), draws.normal((50, 100), 1.0)
+    assert draws.used == 10_000 and (first != second).all()
+    uniform = np.sort(np.asarray(draws.uniform((10_000,), 0.3)))
+    expected = np.linspace(-0.3, 0.3, 10_000)
+    assert np.abs(uniform - expected).max() < 1.63 * 0.6 / np.sqrt(10_000)  # Kolmogorov-Smirnov at 1 %
+
+
+def test_linear_rounds_nothing_to_bfloat16():
+    layer = Linear(2, 1, draws=Draws(jnp.ones(3)))
+    assert layer(jnp.ones((1, 2), jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_normalisation_by_mean_and_std():
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    normalising = gj.models.create("resnet8", num_classes=4, key=jax.random.key(0), mean=mean, std=std)
+    plain = gj.models.create("resnet8", num_classes=4, key=jax.random.key(0))
+    a = normalising.forward(images, train=False)[0].logits
+    b = plain.forward((images - jnp.array(mean)) / jnp.array(std), train=False)[0].logits
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("resnet-20", {}, r"name: unknown network 'resnet-20'; did you mean 'resnet20'\? known names: resnet8, "),
+        ("wideresnet", {}, r"name: unknown network 'wideresnet'"),
+        ("resnet20", {"stem": "imagenet"}, r"stem: resnet20 has no such option \(got 'imagenet'\); its options: none"),
+        ("resnet50", {"width": 2}, r"width: resnet50 has no such option \(got 2\); its options: stem"),
+        ("resnet50", {"stem": "7x7"}, r"stem must be one of \('cifar', 'imagenet'\), got '7x7'"),
+        ("mobilenetv2", {"stem": "7x7"}, r"stem must be one of \('strided', 'cifar', 'imagenet'\), got '7x7'"),
+        ("mobilenetv2", {"width": 0.0}, r"width must lie in \[1/16, 16\], got 0.0"),
+        ("resnet20", {"num_classes": 1}, r"num_classes must be an integer of at least 2, got 1"),
+        ("resnet20", {"in_channels": 0}, r"in_channels must be an integer of at least 1, got 0"),
+        ("resnet20", {"dtype": jnp.int32}, r"dtype must be a floating dtype .* got 'int32'"),
+        ("resnet20", {"std": 0.0}, r"std must be positive, got 0.0"),
+        ("resnet20", {"mean": [0.5, 0.5]}, r"mean must be a finite number or one for each of 3 channels"),
+        ("resnet20", {"mean": float("nan")}, r"mean must be a finite number"),
+    ],
+)
+def test_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gj.models.create(name, key=jax.random.key(0), **{"num_classes": 10, **arguments})
