@@ -1,0 +1,206 @@
+"""Image sets in memory: training, held-out and test images as uint8, and the statistics that normalise them."""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+from .errors import RunError
+
+NAMES = ("cifar10", "cifar100", "digits")
+
+# Which digits are for the test is part of the data set, so it depends on no setting.
+_DIGITS_TEST_SEED, _DIGITS_TEST_FRACTION = 1797, 0.2
+
+
+class DataError(RunError):
+    """Data that is missing, damaged or not what was asked for; the message names it and the way out."""
+
+
+class Split(NamedTuple):
+    """Some images of a data set.
+
+    Attributes:
+      images: `[N, h, w, c]`, values 0 to 255.
+      labels: their classes, `[N]`.
+    """
+
+    images: UInt8[np.ndarray, "size height width channels"]
+    labels: Int32[np.ndarray, "size"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set as an experiment sees it: the test images stay on disk until `test()`.
+
+    Attributes:
+      name: as given to `load`.
+      num_classes: labels are in `[0, num_classes)`.
+      train: what is trained on, in the order of the source; held-out images are not in it.
+      validation: what was held out of the official training set; None if nothing was.
+      mean: per channel, of `train` scaled to [0, 1]. Held-out images have no part in it, so that nothing a run learns
+        or computes before its selection depends on them.
+      std: per channel, likewise; the population's, over all pixels.
+      class_names: in the order of the labels.
+      read_test: what `test` calls.
+    """
+
+    name: str
+    num_classes: int
+    train: Split
+    validation: Split | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    read_test: Callable[[], Split] = field(repr=False)
+
+    def test(self) -> Split:
+        """Read the official test images; for the end of a run, once."""
+        return self.read_test()
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    validation: int,
+    split_seed: int = 0,
+    num_classes: int | None = None,
+) -> Dataset:
+    """Read the training images of a data set and hold some of them out.
+
+    "cifar10" and "cifar100" come through TFDS, without TensorFlow (see `gompertz_jax.training.cifar` for where they are
+    looked for), in the order of the official files and with the official files' checksums. "digits" is scikit-learn's
+    `load_digits`: 1,797 grey images of 8x8, values 0 to 16 scaled to 0 to 255, of which a fixed fifth of each class is
+    the test set; it is always there.
+
+    Args:
+      name: "cifar10", "cifar100" or "digits".
+      data_dir: where TFDS keeps data sets; None for its default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      validation: training images to hold out; 0 for none.
+      split_seed: which ones. The choice is a function of the seed, the number of images and nothing else: it ranks the
+        raw output of NumPy's PCG64, whose stream is the same on every machine and in every version.
+      num_classes: of the network that is to be trained, to be compared with the data's; None to compare nothing.
+
+    Returns:
+      The data set. Its arrays belong to the caller.
+
+    Raises:
+      DataError: an unknown name; a `validation` that leaves no image to train on; a class count other than the data's;
+        missing or damaged data.
+
+    Examples:
+      >>> from gompertz_jax.training.data import load
+      >>> digits = load("digits", validation=200)
+      >>> digits.train.images.shape, len(digits.validation.labels), len(digits.test().labels)
+      ((1238, 8, 8, 1), 200, 359)
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(repr, NAMES))}"
+        raise DataError(f"dataset {name!r} is unknown: {hint}")
+    if split_seed < 0:
+        raise DataError(f"split_seed = {split_seed}: must not be negative")
+    if validation < 0:
+        raise DataError(f"validation = {validation}: must not be negative; 0 holds nothing out")
+    if name == "digits":
+        whole, class_names = _digits("train"), tuple("0123456789")
+        read_test = partial(_digits, "test")
+    else:
+        from . import cifar  # TFDS takes a second to import, and the digits do without it
+
+        whole, class_names = cifar.read(name, "train", data_dir=data_dir)
+        read_test = partial(_cifar_test, name, data_dir)
+    if num_classes is not None and num_classes != len(class_names):
+        raise DataError(
+            f"num_classes = {num_classes}: {name} has {len(class_names)}; "
+            f"set it to {len(class_names)} or choose another dataset"
+        )
+    size = len(whole.labels)
+    if validation >= size:
+        raise DataError(f"validation = {validation:,}: must leave some of the {size:,} training images of {name}")
+    rank = _shuffled(size, split_seed)
+    # Sorted, so that the training images of two seeds differ by the held-out ones alone.
+    train, held = np.sort(rank[validation:]), np.sort(rank[:validation])
+    train = whole if validation == 0 else Split(whole.images[train], whole.labels[train])
+    mean, std = _statistics(train.images)
+    return Dataset(
+        name=name,
+        num_classes=len(class_names),
+        train=train,
+        validation=None if validation == 0 else Split(whole.images[held], whole.labels[held]),
+        mean=mean,
+        std=std,
+        class_names=class_names,
+        read_test=read_test,
+    )
+
+
+def check_labels(labels: np.ndarray, num_classes: int, *, source: str) -> None:
+    """Refuse labels outside `[0, num_classes)`, naming the first one.
+
+    Args:
+      labels: `[N]`, integers.
+      num_classes: how many classes there are.
+      source: where the labels are from, for the message.
+
+    Raises:
+      DataError: one is outside.
+
+    Examples:
+      >>> import numpy as np
+      >>> from gompertz_jax.training.data import check_labels
+      >>> check_labels(np.array([0, 12, 3]), 10, source="mine")
+      Traceback (most recent call last):
+      gompertz_jax.training.data.DataError: mine: label 12 of example 1 is not one of 10 classes; ...
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise DataError(
+            f"{source}: label {labels[wrong[0]]} of example {wrong[0]} is not one of {num_classes} classes; "
+            "the file is damaged or of another data set"
+        )
+
+
+def _cifar_test(name: str, data_dir: str | os.PathLike | None) -> Split:
+    from . import cifar
+
+    return cifar.read(name, "test", data_dir=data_dir)[0]
+
+
+def _digits(part: str) -> Split:
+    """Scikit-learn's digits, `part` "train" or "test", in the order of the source."""
+    from sklearn.datasets import load_digits
+
+    source: Any = load_digits()
+    images = np.rint(source.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = source.target.astype(np.int32)
+    rank = _shuffled(len(labels), _DIGITS_TEST_SEED)
+    is_test = np.zeros(len(labels), bool)
+    for label in range(10):
+        members = rank[labels[rank] == label]
+        is_test[members[: round(_DIGITS_TEST_FRACTION * len(members))]] = True
+    chosen = is_test if part == "test" else ~is_test
+    return Split(images[chosen], labels[chosen])
+
+
+def _shuffled(size: int, seed: int) -> Int64[np.ndarray, "{size}"]:
+    """A permutation of `range(size)`. NumPy promises PCG64's stream for good, but not `Generator.permutation`."""
+    return np.argsort(np.random.PCG64(seed).random_raw(size), kind="stable")
+
+
+def _statistics(images: UInt8[np.ndarray, "size height width channels"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel mean and standard deviation in [0, 1]; sums are of integers, hence the same on every machine."""
+    mean, std = [], []
+    values = np.arange(256)
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        pixels, total, squares = int(counts.sum()), int(counts @ values), int(counts @ values**2)
+        mean.append(total / pixels / 255)
+        std.append((pixels * squares - total**2) ** 0.5 / pixels / 255)
+    return tuple(mean), tuple(std)

@@ -1,0 +1,105 @@
+"""The digits, how images are held out, and what is refused; CIFAR's own tests are in test_cifar.py."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from gompertz_jax.training.data import DataError, check_labels, load
+from gompertz_jax.training.errors import RunError
+
+
+def rows(*parts) -> list[tuple]:
+    return sorted((int(label), image.tobytes()) for part in parts for image, label in zip(*part, strict=True))
+
+
+def test_digits_are_scikit_learns():
+    data, source = load("digits", validation=0), load_digits()
+    images = (source.images * 255 / 16).round().astype(np.uint8)[..., None]
+    assert rows(data.train, data.test()) == rows((images, source.target))
+    assert data.train.images.dtype == np.uint8 and data.train.labels.dtype == np.int32
+    assert data.train.images.min() == 0 and data.train.images.max() == 255
+    assert (data.name, data.num_classes, data.class_names) == ("digits", 10, tuple("0123456789"))
+
+
+def test_digits_test_set_is_a_fixed_stratified_fifth():
+    first, second = load("digits", validation=100), load("digits", validation=300, split_seed=5)
+    np.testing.assert_array_equal(first.test().images, second.test().images)
+    counts, all_counts = np.bincount(first.test().labels), np.bincount(load_digits().target)
+    assert counts.tolist() == [round(0.2 * count) for count in all_counts]
+
+
+def test_validation_and_training_images_part_the_official_training_set():
+    whole = load("digits", validation=0)
+    data = load("digits", validation=237, split_seed=3)
+    assert whole.validation is None
+    assert len(data.validation.labels) == 237
+    assert rows(data.train, data.validation) == rows(whole.train)
+
+
+def test_held_out_images_depend_on_the_seed_alone():
+    def held(seed: int) -> list:
+        return rows(load("digits", validation=200, split_seed=seed).validation)
+
+    assert held(0) == held(0)
+    assert held(0) != held(1)
+    # Written down, so that a NumPy or a machine that draws otherwise is noticed.
+    order = np.argsort(np.random.PCG64(0).random_raw(10), kind="stable")
+    assert order.tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+
+
+def test_larger_validation_contains_the_smaller():
+    small, large = (load("digits", validation=size).validation for size in (50, 100))
+    assert set(rows(small)) <= set(rows(large))
+
+
+def test_statistics_are_of_the_training_part():
+    data = load("digits", validation=500)
+    scaled = data.train.images.astype(np.float64) / 255
+    np.testing.assert_allclose(data.mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(data.std, scaled.std((0, 1, 2)), rtol=1e-12)
+    assert data.mean != load("digits", validation=0).mean
+    assert all(type(value) is float for value in (*data.mean, *data.std))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "cifar-10"}, "dataset 'cifar-10' is unknown: did you mean 'cifar10'?"),
+        ({"name": "CIFAR100"}, "did you mean 'cifar100'?"),
+        ({"name": "digit"}, "did you mean 'digits'?"),
+        ({"name": "imagenet"}, "choose one of 'cifar10', 'cifar100', 'digits'"),
+        ({"validation": -1}, "validation = -1: must not be negative"),
+        ({"validation": 1438}, "validation = 1,438: must leave some of the 1,438 training images of digits"),
+        ({"validation": 10**9}, "must leave some of the 1,438"),
+        ({"split_seed": -1}, "split_seed = -1: must not be negative"),
+        ({"num_classes": 100}, "num_classes = 100: digits has 10; set it to 10"),
+    ],
+)
+def test_refusals_name_the_value_and_the_way_out(arguments, said):
+    with pytest.raises(DataError) as caught:
+        load(**{"name": "digits", "validation": 0, **arguments})
+    assert said in str(caught.value)
+    assert isinstance(caught.value, RunError)
+
+
+def test_right_class_count_is_accepted():
+    assert load("digits", validation=0, num_classes=10).num_classes == 10
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_outside_the_classes_are_refused(label):
+    with pytest.raises(DataError, match=f"here: label {label} of example 2 is not one of 10 classes"):
+        check_labels(np.array([0, 9, label, 99]), 10, source="here")
+    check_labels(np.array([0, 9]), 10, source="here")
+
+
+def test_digits_need_no_tfds():
+    body = (
+        "import sys; from gompertz_jax.training.data import load; load('digits', validation=100).test(); "
+        "print([name for name in ('tensorflow_datasets', 'tensorflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
