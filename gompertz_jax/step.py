@@ -1,0 +1,353 @@
+"""The one compiled program: batch, both forwards, all terms, update and metrics, many steps a dispatch.
+
+Everything here is a pure function of arrays and a step, and needs none of the shell around it (files, flags, clocks).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from .network import Network, Outputs, PyTree
+from .objective import Objective, Record, evaluate, init_projections, project
+from .schedules import Schedule
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+HEALTHY = -1
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; everything else is a function of it, the data and the seed.
+
+    Attributes:
+      step: steps taken, int32 scalar.
+      params: the student's parameters.
+      stats: the student's batch statistics.
+      projections: parameters of the objective's projections; trained with the student, never exported.
+      projection_stats: their statistics, the teacher's channel statistics among them.
+      opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
+      average: exponential moving average of `(params, stats)`, or None.
+      failed_term: index of the term that was not finite (the number of terms: the gradient), else `HEALTHY`. Sticky.
+      failed_step: the step at which that happened, else `HEALTHY`.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    stats: PyTree
+    projections: PyTree
+    projection_stats: PyTree
+    opt_state: PyTree
+    average: PyTree
+    failed_term: Int[Array, ""]
+    failed_step: Int[Array, ""]
+
+    def evaluated(self) -> tuple[PyTree, PyTree]:
+        """The parameters and statistics that are evaluated and exported: the moving average where there is one."""
+        return (self.params, self.stats) if self.average is None else self.average
+
+
+def init_state(
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    image_shape: tuple[int, int, int],
+    *,
+    teacher: Network | None = None,
+    key: Array | None = None,
+    moving_average: bool = False,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      student: its arrays are copied, since the step donates the state.
+      optimizer: over the tree `{"student": ..., "projections": ...}`.
+      objective: names the projections.
+      image_shape: `(height, width, channels)`.
+      teacher: needed when the objective has projections.
+      key: random key of the projections; default `jax.random.key(0)`.
+      moving_average: keep an average of the weights.
+
+    Returns:
+      A TrainState at step 0.
+    """
+    projections, projection_stats = {}, {}
+    if objective.projections:
+        if teacher is None:
+            raise ValueError(f"the objective projects {sorted(objective.projections)} onto a teacher: pass teacher=...")
+        key = jax.random.key(0) if key is None else key
+        ours, theirs = output_shapes(student, image_shape), output_shapes(teacher, image_shape)
+        projections, projection_stats = init_projections(objective, ours, theirs, key)
+    params, stats = jax.tree.map(jnp.array, (student.params, student.stats))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        stats=stats,
+        projections=projections,
+        projection_stats=projection_stats,
+        opt_state=optimizer.init({"student": params, "projections": projections}),
+        average=jax.tree.map(jnp.array, (params, stats)) if moving_average else None,
+        failed_term=jnp.full((), HEALTHY, jnp.int32),
+        failed_step=jnp.full((), HEALTHY, jnp.int32),
+    )
+
+
+def output_shapes(network: Network, image_shape: tuple[int, int, int], *, batch_size: int = 1) -> Outputs:
+    """Shapes and dtypes of a network's outputs, without computing or compiling anything."""
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda network, images: network.forward(images, train=False)[0], network, images)
+
+
+class _Aux(NamedTuple):
+    stats: PyTree
+    projection_stats: PyTree
+    metrics: Metrics
+    weights: Float[Array, " terms"]
+
+
+def _raw_terms(
+    trainable: PyTree,
+    state: TrainState,
+    teacher: Network | None,
+    batch: Batch,
+    *,
+    student: Network,
+    objective: Objective,
+    key: Array,
+) -> tuple[Float[Array, " terms"], _Aux]:
+    """Every term's batch mean as a function of what is trained; the student's forward pass runs once."""
+    images, labels = batch["image"], batch["label"]
+    student_key, term_key = jax.random.split(key)
+    learner = student.replace(params=trainable["student"], stats=state.stats)
+
+    def student_logits(images: Array) -> tuple[Array, tuple[Outputs, PyTree]]:
+        outputs, stats = learner.forward(images, train=True, key=student_key)
+        return outputs.logits, (outputs, stats)
+
+    # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
+    # once for all objectives, and shared between the loss and its input gradient where a term asks for one.
+    _, pull_student, (outputs, stats) = jax.vjp(student_logits, images, has_aux=True)
+    record = Record(labels, outputs, student_pullback=lambda cotangent: pull_student(cotangent)[0], key=term_key)
+    projection_stats = state.projection_stats
+    if teacher is not None and any(term.distils for term in objective.terms):
+
+        def teacher_logits(images: Array) -> tuple[Array, Outputs]:
+            outputs, _ = teacher.forward(images, train=False)
+            return outputs.logits, outputs
+
+        _, pull_teacher, targets = jax.vjp(teacher_logits, images, has_aux=True)
+        targets = jax.lax.stop_gradient(targets)
+        maps = project(objective, trainable["projections"], state.projection_stats, outputs, targets)
+        student_maps, teacher_maps, projection_stats = maps
+        record = Record(
+            labels=labels,
+            student=outputs,
+            teacher=targets,
+            student_maps=student_maps,
+            teacher_maps=teacher_maps,
+            student_pullback=record.student_pullback,
+            teacher_pullback=lambda cotangent: jax.lax.stop_gradient(pull_teacher(cotangent)[0]),
+            key=term_key,
+        )
+    evaluation = evaluate(objective, record, state.step)
+    predictions = outputs.logits.argmax(-1)
+    metrics = evaluation.metrics | {"accuracy": (predictions == labels).mean(dtype=jnp.float32)}
+    if record.teacher is not None:
+        metrics["agreement"] = (predictions == record.teacher.logits.argmax(-1)).mean(dtype=jnp.float32)
+    return evaluation.raw, _Aux(stats, projection_stats, metrics, evaluation.weights)
+
+
+def make_train_step(
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    make_batch: Callable[[Any, Array], Batch] | None = None,
+    steps_per_dispatch: int = 1,
+    seed: int = 0,
+    average_decay: float | None = None,
+    logged_schedules: Mapping[str, Schedule] | None = None,
+) -> Callable[[TrainState, Network | None, Any], tuple[TrainState, Metrics]]:
+    """The compiled, donated training step of any objective.
+
+    Args:
+      student: its `apply`, `mean` and `std` are compiled in; its arrays live in the state.
+      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
+      objective: terms and projections.
+      make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
+        `data` is the batch itself.
+      steps_per_dispatch: steps that one call takes, by `lax.scan`.
+      seed: of the step's random keys: step n draws from `fold_in(key(seed), n)`, so a resume needs no saved key.
+      average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told).
+      logged_schedules: further step -> value functions to log, for instance the learning rate.
+
+    Returns:
+      `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
+      objective without distillation; every metric is an array `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`,
+      `gradient_norm`, `step` (the step they belong to), `failed_term`, `failed_step`, and per term `NAME/raw`,
+      `NAME/weight`, `NAME/weighted`. They come from the state before the update.
+
+      An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
+      later step returns the state unchanged.
+
+    Raises:
+      ValueError: `steps_per_dispatch` below 1, or a term that distils and no teacher.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
+      >>> teacher = gj.models.create("resnet8", num_classes=10, key=jax.random.key(0))
+      >>> student = gj.models.create("resnet8", num_classes=10, key=jax.random.key(1))
+      >>> objective, optimizer = gj.gompertz_objective(total_steps=100), optax.sgd(0.1)
+      >>> state = gj.init_state(student, optimizer, objective, (8, 8, 3), teacher=teacher)
+      >>> train_step = gj.make_train_step(student, optimizer, objective)
+      >>> batch = {"image": jnp.linspace(0, 1, 4 * 8 * 8 * 3).reshape(4, 8, 8, 3), "label": jnp.arange(4)}
+      >>> for _ in range(3):
+      ...     state, metrics = train_step(state, teacher, batch)
+      >>> int(state.step), sorted(name for name in metrics if name.endswith("raw"))
+      (3, ['ce/raw', 'gradient/raw', 'kd/raw', 'wasserstein/raw'])
+    """
+    if steps_per_dispatch < 1:
+        raise ValueError(f"steps_per_dispatch must be at least 1, got {steps_per_dispatch}")
+    if len({term.name for term in objective.terms}) != len(objective.terms):
+        raise ValueError(f"term names must differ, got {[term.name for term in objective.terms]}")
+    batch_of = (lambda data, step: data) if make_batch is None else make_batch
+    logged = logged_schedules or {}
+    student = student.replace(params=None, stats=None)
+
+    def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
+        batch = batch_of(data, state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trainable = {"student": state.params, "projections": state.projections}
+        raw, pull_back, aux = jax.vjp(
+            lambda trainable: _raw_terms(
+                trainable, state, teacher, batch, student=student, objective=objective, key=key
+            ),
+            trainable,
+            has_aux=True,
+        )
+        (gradient,) = pull_back(aux.weights)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+        trained: Any = optax.apply_updates(trainable, updates)
+        new = state._replace(
+            step=state.step + 1,
+            params=trained["student"],
+            stats=aux.stats,
+            projections=trained["projections"],
+            projection_stats=aux.projection_stats,
+            opt_state=opt_state,
+        )
+        if average_decay is not None:
+            new = new._replace(
+                average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - average_decay)
+            )
+        gradient_norm = optax.tree.norm(gradient)
+        sound = jnp.append(jnp.isfinite(raw * aux.weights), jnp.isfinite(gradient_norm))
+        failed_term = jnp.where(sound.all(), HEALTHY, jnp.argmin(sound)).astype(jnp.int32)
+        accept = sound.all() & (state.failed_term == HEALTHY)
+        newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, state)
+        kept = kept._replace(
+            failed_term=jnp.where(newly_failed, failed_term, state.failed_term),
+            failed_step=jnp.where(newly_failed, state.step, state.failed_step),
+        )
+        metrics = aux.metrics | {name: jnp.asarray(schedule(state.step)) for name, schedule in logged.items()}
+        metrics |= {
+            "loss": jnp.dot(raw, aux.weights),
+            "gradient_norm": gradient_norm,
+            "step": state.step,
+            "failed_term": kept.failed_term,
+            "failed_step": kept.failed_step,
+        }
+        return kept, metrics
+
+    # One step goes through `scan` too: a second form of the program would round differently.
+    def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
+        if teacher is None and (lacking := [term.name for term in objective.terms if term.distils]):
+            raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
+        return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
+
+    return jax.jit(dispatch, donate_argnums=0)
+
+
+def make_gradient_report(
+    student: Network, objective: Objective, *, seed: int = 0
+) -> Callable[[TrainState, Network | None, Batch], Metrics]:
+    """How each term pulls on the student: gradient norms, and cosines with the first term's gradient.
+
+    Args:
+      student: its `apply`, `mean` and `std`.
+      objective: the first term is what the others are compared with (the cross-entropy).
+      seed: as in `make_train_step`.
+
+    Returns:
+      `report(state, teacher, batch) -> {"NAME/gradient_norm": scalar, "NAME/gradient_cosine": scalar}`: of the raw,
+      unweighted terms, over the student's parameters. It costs one backward pass a term.
+    """
+    student = student.replace(params=None, stats=None)
+
+    @jax.jit
+    def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def terms(params: PyTree) -> tuple[Array, _Aux]:
+            trainable = {"student": params, "projections": state.projections}
+            return _raw_terms(trainable, state, teacher, batch, student=student, objective=objective, key=key)
+
+        raw, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
+        gradients = [pull_back(row)[0] for row in jnp.eye(raw.size, dtype=raw.dtype)]
+        norms = [optax.tree.norm(gradient) for gradient in gradients]
+        metrics = {}
+        for term, gradient, norm in zip(objective.terms, gradients, norms, strict=True):
+            inner = optax.tree.vdot(gradient, gradients[0])
+            metrics[f"{term.name}/gradient_norm"] = norm
+            metrics[f"{term.name}/gradient_cosine"] = inner / jnp.maximum(norm * norms[0], jnp.finfo(norm.dtype).tiny)
+        return metrics
+
+    return report
+
+
+class Predictions(NamedTuple):
+    """What a network says of a whole split: its classes `[N]` and its mean cross-entropy with the labels."""
+
+    classes: Int[Array, " images"]
+    cross_entropy: Float[Array, ""]
+
+
+def make_eval_step(*, batch_size: int = 500) -> Callable[[Network, Array, Array], Predictions]:
+    """The compiled evaluation of a network on a whole split, in evaluation mode.
+
+    Args:
+      batch_size: images a forward pass; results do not depend on it beyond rounding.
+
+    Returns:
+      `evaluate(network, images, labels) -> Predictions`; images are uint8 or floats in [0, 1], `[N, h, w, c]`, any N.
+    """
+
+    @jax.jit
+    def evaluate_split(network: Network, images: Array, labels: Array) -> Predictions:
+        count = images.shape[0]
+        size = min(batch_size, count)
+        padding = -count % size
+
+        def batches(a: Array) -> Array:
+            padded = jnp.concatenate([a, jnp.zeros((padding, *a.shape[1:]), a.dtype)])
+            return padded.reshape(-1, size, *a.shape[1:])
+
+        def one_batch(batch: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits = network.forward(as_unit_interval(batch[0]), train=False)[0].logits
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+            return logits.argmax(-1).astype(jnp.int32), loss
+
+        classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))
+        return Predictions(classes.reshape(-1)[:count], losses.reshape(-1)[:count].mean())
+
+    return evaluate_split
+
+
+def as_unit_interval(images: Array) -> Float[Array, "..."]:
+    """Images as floats in [0, 1]: uint8 is divided by 255, floats pass."""
+    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images

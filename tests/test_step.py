@@ -1,0 +1,266 @@
+"""The compiled step: its update, its metrics, its refusal of what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gompertz_jax as gj
+from gompertz_jax import objective as terms
+
+SHAPE = (4, 4, 2)
+CLASSES = 3
+
+
+def linear_apply(params, stats, images, *, train, key=None):
+    """Logits linear in the image; one feature map of the image itself; counts its training passes in `stats`."""
+    logits = images.reshape(images.shape[0], -1) @ params["w"] + params["b"]
+    stats = {"passes": stats["passes"] + 1.0} if train else stats
+    return gj.Outputs(logits, (images @ params["v"],), images.mean((1, 2))), stats
+
+
+def linear_network(seed, *, mean=0.0, std=1.0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(np.prod(SHAPE), CLASSES)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=CLASSES), jnp.float32),
+        "v": jnp.asarray(rng.normal(size=(SHAPE[-1], 5)), jnp.float32),
+    }
+    return gj.Network(linear_apply, params, {"passes": jnp.zeros(())}, mean, std)
+
+
+def batch(seed=0, size=6):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.uniform(size=(size, *SHAPE)), jnp.float32),
+        "label": jnp.asarray(rng.integers(CLASSES, size=size), jnp.int32),
+    }
+
+
+def setup(objective, *, optimizer=None, **options):
+    student, teacher = linear_network(1), linear_network(2)
+    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+    state = gj.init_state(
+        student, optimizer, objective, SHAPE, teacher=teacher, moving_average="average_decay" in options
+    )
+    return state, teacher, gj.make_train_step(student, optimizer, objective, **options)
+
+
+def test_cross_entropy_step_is_the_hand_derived_softmax_regression_update():
+    state, _, step = setup(gj.student_alone())
+    b, old = batch(), jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, None, b)
+    x = np.asarray(b["image"], np.float64).reshape(6, -1)
+    logits = x @ old["w"] + old["b"]
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    error = (p - np.eye(CLASSES)[b["label"]]) / 6
+    np.testing.assert_allclose(state.params["w"], old["w"] - 0.1 * x.T @ error, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["ce/raw"], [-np.log(p[np.arange(6), b["label"]]).mean()], rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], [(logits.argmax(-1) == b["label"]).mean()])
+    assert state.step == 1
+    assert state.stats["passes"] == 1.0
+
+
+def test_each_network_normalises_the_common_images_by_its_own_statistics():
+    """A student with normalisation equals one without it on images normalised beforehand."""
+    objective, optimizer = gj.student_alone(), optax.sgd(0.1)
+    raw = batch()
+    normalised = {**raw, "image": (raw["image"] - 0.3) / 0.2}
+    results = []
+    for network, data in ((linear_network(1, mean=0.3, std=0.2), raw), (linear_network(1), normalised)):
+        state = gj.init_state(network, optimizer, objective, SHAPE)
+        results.append(gj.make_train_step(network, optimizer, objective)(state, None, data)[1]["loss"])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
+def test_full_objective_gradient_matches_finite_differences_in_float64():
+    """The outer gradient through projection, transport and the shared input gradient, against central differences.
+
+    The scale of epsilon is a constant in differentiation, so the Gaussian form stands for transport here.
+    """
+    def nonlinear(params, stats, images, *, train, key=None):
+        hidden = jnp.tanh(images @ params["v"])
+        outputs, stats = linear_apply(params, stats, images, train=train)
+        return gj.Outputs(outputs.logits + hidden.mean((1, 2)) @ params["u"], (hidden,), outputs.pooled), stats
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        nets = []
+        for seed in (1, 2):
+            base = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), linear_network(seed).params)
+            base["u"] = jnp.asarray(rng.normal(size=(5, CLASSES)))
+            nets.append(gj.Network(nonlinear, base, {"passes": jnp.zeros(())}, 0.0, 1.0))
+        student, teacher = nets
+        constant = gj.constant_schedule(1.0)
+        objective = gj.Objective(
+            (
+                gj.Term("ce", constant, terms.cross_entropy, distils=False),
+                gj.Term("kd", constant, terms.soft_targets),
+                gj.Term("gaussian", constant, terms.gaussian),
+                gj.Term("gradient", constant, lambda record: terms.gradient_match(record, pool=2)),
+            ),
+            {"last": gj.Projection()},
+        )
+        b = {"image": jnp.asarray(rng.uniform(size=(5, *SHAPE))), "label": jnp.arange(5) % CLASSES}
+        state = gj.init_state(student, optax.sgd(1.0), objective, SHAPE, teacher=teacher)
+        step = gj.make_train_step(student, optax.sgd(1.0), objective)
+
+        def loss(params):
+            fresh = jax.tree.map(jnp.copy, state._replace(params=params))
+            return float(step(fresh, teacher, b)[1]["loss"][0])
+
+        params = jax.tree.map(jnp.copy, state.params)
+        new, _ = step(jax.tree.map(jnp.copy, state), teacher, b)
+        h = 1e-3  # the loss is reported in float32, which bounds what a smaller step could resolve
+        for name in params:
+            direction = jnp.asarray(rng.normal(size=params[name].shape))
+            ahead, behind = (loss({**params, name: params[name] + sign * h * direction}) for sign in (1, -1))
+            analytic = float(jnp.vdot(params[name] - new.params[name], direction))
+            np.testing.assert_allclose(analytic, (ahead - behind) / (2 * h), rtol=5e-3, atol=2e-4, err_msg=name)
+
+
+def test_many_steps_a_dispatch_equal_single_dispatches():
+    objective = gj.gompertz_objective(20)
+    one_state, teacher, one = setup(objective)
+    many_state, _, many = setup(objective, steps_per_dispatch=5)
+    b, singles = batch(), []
+    for _ in range(5):
+        one_state, metrics = one(one_state, teacher, b)
+        singles.append(metrics)
+    many_state, metrics = many(many_state, teacher, b)
+    assert many_state.step == 5
+    np.testing.assert_array_equal(metrics["step"], range(5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one_state.params, many_state.params)
+    np.testing.assert_allclose(metrics["loss"], np.concatenate([m["loss"] for m in singles]), rtol=1e-4)
+
+
+def test_schedules_are_evaluated_from_the_states_step():
+    objective = gj.gompertz_objective(10, wasserstein_weight=0.0)
+    state, teacher, step = setup(objective, steps_per_dispatch=10, logged_schedules={"rate": gj.linear_schedule(10)})
+    _, metrics = step(state, teacher, batch())
+    np.testing.assert_allclose(metrics["kd/weight"], np.exp(-5 * np.exp(-0.8 * np.arange(10))), rtol=1e-5)
+    np.testing.assert_allclose(metrics["rate"], np.arange(10) / 10, rtol=1e-6)
+
+
+def test_the_batch_is_made_inside_from_data_and_step():
+    objective = gj.student_alone()
+    whole = batch(size=8)
+
+    def two_at(data, step):
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, 2 * step, 2), data)
+
+    state, _, step = setup(objective, make_batch=two_at, steps_per_dispatch=4)
+    _, metrics = step(state, None, whole)
+    again, _, single = setup(objective)
+    for n in range(4):
+        again, one = single(again, None, jax.tree.map(lambda a, n=n: a[2 * n : 2 * n + 2], whole))
+        np.testing.assert_allclose(metrics["loss"][n], one["loss"][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("poison", ["teacher", "image", "weight"])
+def test_a_step_that_is_not_finite_is_refused_and_named(poison):
+    objective = gj.gompertz_objective(20, wasserstein_weight=0.0, gradient_weight=0.0)
+    if poison == "weight":
+        kd = objective.terms[1]._replace(weight=lambda step: jnp.where(step == 0, jnp.nan, 1.0))
+        objective = gj.Objective((objective.terms[0], kd))
+    state, teacher, step = setup(objective, steps_per_dispatch=3)
+    before = jax.tree.map(np.asarray, state)
+    b = batch()
+    if poison == "teacher":
+        teacher = teacher.replace(params={**teacher.params, "b": jnp.full(CLASSES, jnp.nan)})
+    if poison == "image":
+        b["image"] = b["image"].at[0, 0, 0, 0].set(jnp.inf)
+    state, metrics = step(state, teacher, b)
+    named = [*(term.name for term in objective.terms), "gradient"][int(state.failed_term)]
+    assert named == {"teacher": "kd", "image": "ce", "weight": "kd"}[poison]
+    assert state.failed_step == 0
+    healthy = jax.tree.map(np.asarray, state)._replace(failed_term=before.failed_term, failed_step=before.failed_step)
+    jax.tree.map(np.testing.assert_array_equal, healthy, before)
+    np.testing.assert_array_equal(metrics["failed_term"], [int(state.failed_term)] * 3)
+
+
+def test_failure_is_sticky_and_later_steps_change_nothing():
+    objective = gj.student_alone()
+    weight = lambda step: jnp.where(step == 1, jnp.inf, 1.0)  # noqa: E731
+    objective = gj.Objective((objective.terms[0]._replace(weight=weight),))
+    state, _, step = setup(objective, steps_per_dispatch=4)
+    state, metrics = step(state, None, batch())
+    assert (int(state.step), int(state.failed_step), int(state.failed_term)) == (1, 1, 0)
+    assert metrics["failed_term"].tolist() == [-1, 0, 0, 0]
+    kept = jax.tree.map(np.asarray, state)
+    state, _ = step(state, None, batch())
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), kept)
+
+
+def test_moving_average_is_the_exponential_one_and_is_what_is_evaluated():
+    state, _, step = setup(gj.student_alone(), average_decay=0.9)
+    expected = np.asarray(state.params["w"], np.float64)
+    for seed in range(3):
+        state, _ = step(state, None, batch(seed))
+        expected = 0.9 * expected + 0.1 * np.asarray(state.params["w"], np.float64)
+    np.testing.assert_allclose(state.evaluated()[0]["w"], expected, rtol=1e-5)
+    assert not np.allclose(state.evaluated()[0]["w"], state.params["w"])
+
+
+def test_projections_learn_and_teacher_is_unchanged():
+    state, teacher, step = setup(gj.gompertz_objective(2), steps_per_dispatch=2)
+    kernel, taught = np.asarray(state.projections["last"]["kernel"]), jax.tree.map(np.asarray, teacher.params)
+    state, metrics = step(state, teacher, batch())
+    assert np.abs(np.asarray(state.projections["last"]["kernel"]) - kernel).max() > 1e-6
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, teacher.params), taught)
+    agreement = (linear_apply(teacher.params, {}, batch()["image"], train=False)[0].logits).argmax(-1)
+    assert 0.0 <= metrics["agreement"][0] <= 1.0
+    assert agreement.shape == (6,)
+
+
+def test_gradient_report_measures_each_raw_term():
+    objective = gj.gompertz_objective(20)
+    state, teacher, _ = setup(objective)
+    report = gj.make_gradient_report(linear_network(1), objective)(state, teacher, batch())
+    alone = gj.make_gradient_report(linear_network(1), gj.student_alone())(state, None, batch())
+    np.testing.assert_allclose(report["ce/gradient_norm"], alone["ce/gradient_norm"], rtol=1e-5)
+    np.testing.assert_allclose(report["ce/gradient_cosine"], 1.0, rtol=1e-5)
+    assert -1.0 <= report["kd/gradient_cosine"] <= 1.0
+    assert report["wasserstein/gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_evaluation_does_not_depend_on_how_the_split_divides(count):
+    network = linear_network(1)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, size=(count, *SHAPE), dtype=np.uint8)
+    labels = rng.integers(CLASSES, size=count).astype(np.int32)
+    got = gj.make_eval_step(batch_size=3)(network, jnp.asarray(images), jnp.asarray(labels))
+    logits = (images.reshape(count, -1) / 255.0) @ np.asarray(network.params["w"]) + np.asarray(network.params["b"])
+    np.testing.assert_array_equal(got.classes, logits.argmax(-1))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(got.cross_entropy, -log_p[np.arange(count), labels].mean(), rtol=1e-5)
+
+
+def test_mistakes_are_told_before_tracing():
+    with pytest.raises(ValueError, match="steps_per_dispatch must be at least 1, got 0"):
+        setup(gj.student_alone(), steps_per_dispatch=0)
+    twice = gj.Objective(gj.student_alone().terms * 2)
+    with pytest.raises(ValueError, match="term names must differ"):
+        setup(twice)
+    with pytest.raises(ValueError, match="pass teacher="):
+        gj.init_state(linear_network(1), optax.sgd(0.1), gj.gompertz_objective(10), SHAPE)
+    state, _, step = setup(gj.gompertz_objective(10))
+    with pytest.raises(ValueError, match="need a teacher"):
+        step(state, None, batch())
+
+
+def test_a_plain_loop_over_make_train_step_learns():
+    """The notebook's way: no shell, no files, a network of the zoo."""
+    teacher = gj.models.create("resnet8", num_classes=CLASSES, key=jax.random.key(0), in_channels=2)
+    student = gj.models.create("resnet8", num_classes=CLASSES, key=jax.random.key(1), in_channels=2)
+    objective, optimizer = gj.gompertz_objective(total_steps=12), optax.sgd(0.05, momentum=0.9)
+    state = gj.init_state(student, optimizer, objective, SHAPE, teacher=teacher)
+    train_step = gj.make_train_step(student, optimizer, objective)
+    losses = []
+    for _ in range(12):
+        state, metrics = train_step(state, teacher, batch(size=12))
+        losses.append(float(metrics["ce/raw"][0]))
+    assert losses[-1] < 0.5 * losses[0]
