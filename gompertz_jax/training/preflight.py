@@ -1,0 +1,191 @@
+"""What a run is about to do, said and checked from shapes alone before anything is compiled."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..network import Network, Outputs, PyTree
+from ..objective import Objective, init_projections
+from ..step import output_shapes
+from . import config as config_module
+from .config import Config
+from .data import Dataset
+from .errors import RunError
+
+
+def check_network(role: str, network: Network, dataset: Dataset) -> Outputs:
+    """The shapes of a network's outputs on this data set's images.
+
+    Args:
+      role: "teacher" or "student", for messages.
+      network: arrays or shapes.
+      dataset: whose images and classes it must fit.
+
+    Returns:
+      Outputs of shapes, for a batch of 1.
+
+    Raises:
+      RunError: the network cannot take the images, its classes are not the data's, or its normalisation is not one of
+        images in [0, 1] with this number of channels.
+    """
+    height, width, channels = dataset.train.images.shape[1:]
+    mean, std = np.asarray(network.mean, np.float64), np.asarray(network.std, np.float64)
+    for name, value in (("mean", mean), ("std", std)):
+        if value.size not in (1, channels):
+            raise RunError(
+                f"the {role}'s {name} has {value.size} channels, the images of {dataset.name} have {channels}: "
+                "give one value per channel"
+            )
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise RunError(f"the {role}'s normalisation must be finite and std above 0, got mean {mean}, std {std}")
+    if mean.max() > 1.0 or std.max() > 1.0:
+        raise RunError(
+            f"the {role}'s normalisation (mean {mean}, std {std}) is not one of images in [0, 1]; "
+            "divide both by 255 if it was measured on 0..255"
+        )
+    try:
+        shapes = output_shapes(network, (height, width, channels))
+    except Exception as error:
+        raise RunError(
+            f"the {role} cannot take images of {height}x{width}x{channels}: {str(error).splitlines()[0]}; "
+            "choose a network, or its stem, for this size"
+        ) from error
+    if shapes.logits.shape[-1] != dataset.num_classes:
+        raise RunError(
+            f"the {role} has {shapes.logits.shape[-1]} classes, {dataset.name} has {dataset.num_classes}: "
+            f"choose a {role} trained on {dataset.name}"
+        )
+    if 0 in [size for stage in shapes.features for size in stage.shape]:
+        raise RunError(
+            f"images of {height}x{width} are too small for the {role}: its stages are {stages(shapes)}; "
+            "choose a network with fewer strides"
+        )
+    return shapes
+
+
+def check_projections(objective: Objective, student: Outputs, teacher: Outputs) -> None:
+    """Refuse a projection between stages that one of the networks does not have."""
+    for name, projection in objective.projections.items():
+        for role, shapes, stage in (
+            ("student", student, projection.student_stage),
+            ("teacher", teacher, projection.teacher_stage),
+        ):
+            count = len(shapes.features)
+            if not -count <= stage < count:
+                raise RunError(
+                    f"objective.projections.{name}.{role}_stage = {stage}: the {role} has stages 0 to {count - 1} "
+                    f"({stages(shapes)}), or -1 for the last"
+                )
+
+
+def stages(shapes: Outputs) -> str:
+    """A network's maps as the field's tables write them, channels@size."""
+    return ", ".join(f"{stage.shape[3]}@{_size(stage.shape)}" for stage in shapes.features)
+
+
+def count_parameters(tree: PyTree) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def describe(
+    config: Config,
+    dataset: Dataset,
+    *,
+    student: Network,
+    teacher: Network | None,
+    objective: Objective,
+    batch_size: int,
+    steps: int,
+    steps_per_dispatch: int,
+    label: str,
+) -> str:
+    """The pre-flight's text. Networks may be arrays or shapes; nothing is computed or compiled.
+
+    Raises:
+      RunError: as `check_network` and `check_projections`.
+    """
+    student_shapes = check_network("student", student, dataset)
+    validation = 0 if dataset.validation is None else len(dataset.validation.labels)
+    height, width, channels = dataset.train.images.shape[1:]
+    rows = [
+        ("run", f"{label}, seed {config.seed}, {jax.default_backend()} x {jax.device_count()}, jax {jax.__version__}"),
+        (
+            "data",
+            f"{dataset.name}: {len(dataset.train.labels):,} training images, {validation:,} held out, "
+            f"{dataset.num_classes} classes, {height}x{width}x{channels}",
+        ),
+    ]
+    teacher_shapes = None
+    if teacher is not None:
+        teacher_shapes = check_network("teacher", teacher, dataset)
+        rows.append(("teacher", _network_line(config.teacher, teacher, teacher_shapes)))
+        check_projections(objective, student_shapes, teacher_shapes)
+    rows.append(("student", _network_line(config.student, student, student_shapes)))
+    projections = {}
+    if teacher_shapes is not None:
+        projections, _ = jax.eval_shape(
+            lambda key: init_projections(objective, student_shapes, teacher_shapes, key), jax.random.key(0)
+        )
+        for name, projection in objective.projections.items():
+            ours = student_shapes.features[projection.student_stage].shape
+            theirs = teacher_shapes.features[projection.teacher_stage].shape
+            readers = [term.name for term in objective.terms if _reads(term, name)]
+            rows.append(
+                (
+                    "matched",
+                    f"{', '.join(readers)}: student {ours[3]}@{_size(ours)} -> teacher {theirs[3]}@{_size(theirs)} "
+                    f"by projection '{name}', {count_parameters(projections[name]):,} parameters",
+                )
+            )
+    for term in objective.terms:
+        weights = config_module.sampled(term.weight, steps)
+        corners = ", ".join(f"{weights[round(part * (steps - 1))]:.3g}" for part in (0, 0.25, 0.5, 0.75, 1))
+        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %: {corners}; mean {weights.mean():.3g}"))
+    epochs = steps * batch_size / len(dataset.train.labels)
+    rows.append(("steps", f"{steps:,} of {batch_size} images, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"))
+    memory = _memory(student, teacher, projections, dataset, batch_size)
+    rows.append(("memory", f"about {memory / 2**20:,.0f} MiB (weights, optimiser, data, one step's activations)"))
+    return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
+
+
+def _network_line(spec: Any, network: Network, shapes: Outputs) -> str:
+    return f"{spec.model}, {count_parameters(network.params):,} parameters, {stages(shapes)}, {spec.dtype}"
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return str(shape[1]) if shape[1] == shape[2] else f"{shape[1]}x{shape[2]}"
+
+
+def _reads(term: Any, projection: str) -> bool:
+    options = getattr(term.loss, "keywords", {})
+    return options.get("projection") == projection
+
+
+def _memory(
+    student: Network, teacher: Network | None, projections: PyTree, dataset: Dataset, batch_size: int
+) -> int:
+    """Bytes of what certainly lives at once: an estimate from below, before the compiler's scratch space."""
+    images = jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)
+
+    def residuals(network: Network, images: Any) -> Any:
+        def logits(params: PyTree) -> Any:
+            return network.replace(params=params).forward(images, train=True)[0].logits
+
+        return jax.vjp(logits, network.params)[1]
+
+    trained = 4 * (count_parameters(student.params) + count_parameters(projections))
+    # weights, momentum, gradient, and the best weights so far
+    total = 4 * trained + dataset.train.images.nbytes
+    total += _bytes(jax.eval_shape(residuals, student, images))
+    if teacher is not None:
+        shapes = output_shapes(teacher, dataset.train.images.shape[1:], batch_size=batch_size)
+        total += _bytes((teacher.params, teacher.stats)) + _bytes(shapes)
+    return total
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,159 @@
+"""Trained networks on disk, and the gate that a teacher passes before the first step."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import models
+from ..network import Network
+from ..step import make_eval_step
+from .checkpoint import load_arrays, save_arrays
+from .data import Dataset, Split
+from .errors import RunError
+from .writer import read_json, write_json
+
+CARD = "network.json"
+ARRAYS = "network"
+GATE_IMAGES = 5000
+
+
+def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Network:
+    """A fresh network as `config.student` or `config.teacher` describes it, for this data set.
+
+    Raises:
+      RunError: the model refuses its options.
+    """
+    try:
+        return models.create(
+            spec["model"],
+            num_classes=dataset.num_classes,
+            key=jax.random.key(seed),
+            dtype=jnp.dtype(spec["dtype"]),
+            in_channels=dataset.train.images.shape[-1],
+            mean=dataset.mean,
+            std=dataset.std,
+            **spec["options"],
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(f"model {spec['model']!r} with options {dict(spec['options'])}: {error}") from error
+
+
+def save_network(directory: Path, network: Network, spec: Mapping[str, Any], dataset: Dataset) -> None:
+    """Save a trained network under `directory`: its arrays, then a card from which `load_network` rebuilds it."""
+    save_arrays(directory / ARRAYS, {"params": network.params, "stats": network.stats})
+    card = {
+        "model": spec["model"],
+        "options": dict(spec["options"]),
+        "dtype": spec["dtype"],
+        "num_classes": dataset.num_classes,
+        "in_channels": dataset.train.images.shape[-1],
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "dataset": dataset.name,
+    }
+    write_json(directory / CARD, card)
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """What a saved network is.
+
+    Raises:
+      RunError: the directory holds no finished network.
+    """
+    if not (directory / CARD).is_file():
+        raise RunError(
+            f"{directory} holds no trained network (no {CARD}): give the workdir of a finished run, "
+            "or its 'teacher' folder"
+        )
+    return read_json(directory / CARD)
+
+
+def load_network(directory: Path, *, abstract: bool = False) -> Network:
+    """The network that `save_network` saved.
+
+    Args:
+      directory: a finished run's workdir, or its `teacher` folder.
+      abstract: give shapes instead of arrays, and read the card only.
+
+    Returns:
+      A Network with its own normalisation.
+
+    Raises:
+      RunError: no network is there, or it does not fit its card, or it cannot be read.
+    """
+    card = read_card(directory)
+    try:
+
+        def create(key: jax.Array) -> Network:
+            return models.create(
+                card["model"],
+                num_classes=card["num_classes"],
+                key=key,
+                dtype=jnp.dtype(card["dtype"]),
+                in_channels=card["in_channels"],
+                mean=tuple(card["mean"]),
+                std=tuple(card["std"]),
+                **card["options"],
+            )
+
+        shapes = jax.eval_shape(create, jax.random.key(0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{directory / CARD} describes no known network: {error}") from error
+    if abstract:
+        return shapes.replace(mean=np.asarray(card["mean"]), std=np.asarray(card["std"]))
+    arrays = load_arrays(directory / ARRAYS, {"params": shapes.params, "stats": shapes.stats})
+    return shapes.replace(**arrays, mean=jnp.asarray(card["mean"]), std=jnp.asarray(card["std"]))
+
+
+def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> float:
+    """Evaluate a teacher before the first step, and refuse one that is broken or weak.
+
+    The images are the validation split, or without one the first 5,000 of the training set.
+
+    Args:
+      teacher: the network.
+      dataset: what it is to teach.
+      floor: the least accuracy, a fraction.
+      origin: where it came from, for messages.
+
+    Returns:
+      Its accuracy.
+
+    Raises:
+      RunError: a weight is not finite, the accuracy is that of guessing, or it is under the floor.
+    """
+    for path, leaf in jax.tree.leaves_with_path((teacher.params, teacher.stats)):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise RunError(f"the teacher of {origin} is broken: {jax.tree_util.keystr(path)} holds NaN or infinity")
+    split = held_out(dataset)
+    classes = make_eval_step()(teacher, jnp.asarray(split.images), jnp.asarray(split.labels)).classes
+    accuracy = float(np.mean(np.asarray(classes) == split.labels))
+    chance = 1.0 / dataset.num_classes
+    if accuracy <= 1.5 * chance:
+        raise RunError(
+            f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, and guessing {chance:.1%}: "
+            f"its weights are untrained, or its normalisation or classes are not those of {dataset.name}"
+        )
+    if accuracy < floor:
+        raise RunError(
+            f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, under the floor "
+            f"teacher.min_accuracy = {floor:.1%}: train a better one, or lower the floor"
+        )
+    return accuracy
+
+
+def held_out(dataset: Dataset) -> Split:
+    """The images a teacher is judged on before the first step."""
+    if dataset.validation is not None:
+        return dataset.validation
+    return Split(dataset.train.images[:GATE_IMAGES], dataset.train.labels[:GATE_IMAGES])
+
+
+def frozen(config: Any) -> dict[str, Any]:
+    """A config as JSON would give it back, so that a saved and a fresh one compare equal."""
+    return json.loads(json.dumps(config.to_dict()))

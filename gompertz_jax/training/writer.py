@@ -1,0 +1,171 @@
+"""What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar; and JSON files, whole."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .errors import RunError
+
+try:
+    from tensorboardX import SummaryWriter
+except ImportError:  # the extra [tensorboard] is not installed
+    SummaryWriter = None
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader finds the old one or the new one, never a part of either."""
+    temporary = path.with_suffix(path.suffix + ".partial")
+    with temporary.open("w") as file:
+        json.dump(_plain(content), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that `write_json` wrote.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or choose another --workdir") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a torn last line is left out."""
+    lines = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+class MetricsWriter:
+    """Appends to `WORKDIR/metrics.jsonl`, and to TensorBoard events where the extra is installed.
+
+    A line of split "train" carries the step that was taken, counted from 0, whose schedules it logs; one of split
+    "validation" the number of steps taken so far. Lines past `step` steps are cut when it opens: they belong to steps
+    that are about to be taken again.
+    """
+
+    def __init__(self, workdir: Path, *, step: int):
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] + (line["split"] == "train") <= step]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+        self._events = None
+        if SummaryWriter is not None:
+            self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1, max_queue=1000)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line with its `step` and `split`. What is not finite becomes null, so that every line is JSON."""
+        line = _plain(line)
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._events is not None:
+            for name, value in _scalars(line):
+                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+
+    def commit(self) -> None:
+        """Return once everything written so far is on disk. Comes before a checkpoint of the same step."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Commit and close."""
+        self.commit()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Progress:
+    """A bar with ETA on a terminal; elsewhere one plain line every ten seconds or so."""
+
+    def __init__(self, label: str, *, step: int, total: int, enabled: bool = True):
+        self._label, self._step, self._total = label, step, total
+        self.validation_accuracy: float | None = None
+        self._start_step, self._start = step, time.monotonic()
+        self._spoke = self._start
+        self._bar = None
+        self._enabled = enabled
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=label, total=total, initial=step, unit="step", dynamic_ncols=True, leave=True, smoothing=0.1
+            )
+
+    def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Say where training is."""
+        advanced, self._step = step - self._step, step
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures(loss, accuracy, images_per_second))
+            self._bar.update(advanced)
+        elif self._enabled and time.monotonic() - self._spoke >= PLAIN_LINE_SECONDS:
+            self._spoke = time.monotonic()
+            rate = (step - self._start_step) / (self._spoke - self._start)
+            eta = _duration((self._total - step) / rate) if rate > 0 else "?"
+            figures = self._figures(loss, accuracy, images_per_second)
+            print(f"{self._label}: step {step:,}/{self._total:,}, ETA {eta}, {figures}", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _figures(self, loss: float, accuracy: float, images_per_second: float) -> str:
+        held_out = "" if self.validation_accuracy is None else f", validation {self.validation_accuracy:.1%}"
+        return f"{images_per_second:,.0f} images/s, loss {loss:.3f}, accuracy {accuracy:.1%}{held_out}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts of them; NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | float]]:
+    scalars = []
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            scalars += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            scalars.append((prefix + name, value))
+    return scalars

@@ -1,0 +1,210 @@
+"""A whole run: what it leaves behind, and that stopping it anywhere changes no number."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, tiny_config, train
+
+from gompertz_jax.training import loop
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, loop.train_and_evaluate(tiny_config(), workdir)
+
+
+def without_timing(value):
+    if isinstance(value, dict):
+        return {key: without_timing(item) for key, item in value.items() if key != "timing"}
+    return value
+
+
+def metrics_of(workdir):
+    return [without_timing(line) for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, result = finished
+    expected = {"result.json", "metrics.jsonl", "curves.png", "config.json", "checkpoints", "network", "network.json"}
+    assert expected | {"teacher"} <= {path.name for path in workdir.iterdir()}
+    assert {"teacher.json", "network.json", "metrics.jsonl"} <= {path.name for path in (workdir / "teacher").iterdir()}
+    assert not list((workdir / "teacher").rglob("result.json"))
+    assert json.loads((workdir / "result.json").read_text()) == result
+    needed = {"dataset", "teacher", "student", "seed", "steps", "teacher_test_accuracy", "test_accuracy_last"}
+    assert needed | {"test_accuracy_best", "config", "versions", "commit", "timing"} <= result.keys()
+    assert {"train_seconds", "teacher_seconds", "images_per_second"} <= result["timing"].keys()
+    assert result["timing"]["train_seconds"] > 0
+    assert result["teacher_test_accuracy"] > 0.5
+    assert result["test_accuracy_last"] > 0.5
+
+
+def test_metrics_hold_every_step_once_with_every_term_and_schedule(finished):
+    workdir, result = finished
+    lines = [line for line in metrics_of(workdir) if line["split"] == "train"]
+    assert [line["step"] for line in lines] == list(range(result["steps"]))
+    for line in lines:
+        for term in ("ce", "kd", "wasserstein", "gradient"):
+            assert {f"{term}/raw", f"{term}/weight", f"{term}/weighted"} <= line.keys()
+        parts = sum(line[f"{term}/weighted"] for term in ("ce", "kd", "wasserstein", "gradient"))
+        np.testing.assert_allclose(line["loss"], parts, rtol=1e-5)
+        curve = np.exp(-5 * np.exp(-8 * line["step"] / result["steps"]))
+        np.testing.assert_allclose(line["kd/weight"], curve, rtol=1e-5)
+        assert {"kd/temperature", "wasserstein/epsilon", "wasserstein/converged", "learning_rate"} <= line.keys()
+        assert {"accuracy", "agreement", "gradient_norm"} <= line.keys()
+    held_out = [line for line in metrics_of(workdir) if line["split"] == "validation"]
+    assert held_out[-1]["step"] == result["steps"]
+    assert max(line["accuracy"] for line in held_out) == result["best_validation_accuracy"]
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished, capsys):
+    workdir, result = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    assert loop.train_and_evaluate(tiny_config(), workdir) == result
+    assert "test accuracy" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(finished):
+    workdir, _ = finished
+    with pytest.raises(RunError, match=re.escape("recipe.epochs: 3 -> 4; seed: 0 -> 1")):
+        loop.train_and_evaluate(tiny_config(**{"seed": 1, "recipe.epochs": 4}), workdir)
+
+
+def test_a_trained_network_teaches_another_run(finished, tmp_path):
+    """From the workdir of a run (its student) or from its teacher's; the same seed gives the same student."""
+    workdir, result = finished
+    again = loop.train_and_evaluate(tiny_config(**{"teacher.dir": str(workdir / "teacher")}), tmp_path / "a")
+    assert again["test_accuracy_last"] == result["test_accuracy_last"]
+    assert metrics_of(tmp_path / "a") == metrics_of(workdir)
+    changes = {"teacher.dir": str(workdir), "dataset.validation": 0, "recipe.moving_average": 0.9, "recipe.epochs": 2}
+    student = loop.train_and_evaluate(tiny_config(**changes), tmp_path / "b")
+    assert student["teacher_test_accuracy"] == result["test_accuracy_best"]
+    assert student["test_accuracy_best"] is None
+    assert student["evaluated_weights"] == "moving average"
+
+
+def test_a_student_alone_and_a_batch_beyond_the_data(finished, tmp_path):
+    workdir, _ = finished
+    off = {f"objective.terms.{term}.weight": "0" for term in ("kd", "wasserstein", "gradient")}
+    changes = off | {"teacher.dir": str(workdir / "teacher"), "recipe.epochs": 1}
+    loop.train_and_evaluate(tiny_config(**changes), tmp_path / "alone")
+    assert "kd/raw" not in metrics_of(tmp_path / "alone")[0]
+    with pytest.raises(RunError, match="batch_size = 5000 exceeds"):
+        loop.train_and_evaluate(tiny_config(**{"recipe.batch_size": 5000}), tmp_path / "large")
+
+
+def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path):
+    workdir, _ = finished
+    changes = {"teacher.dir": str(workdir / "teacher"), "recipe.learning_rate": 1e30, "recipe.warmup_epochs": 0.0}
+    with pytest.raises(RunError, match=r"was not finite at step \d+"):
+        loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written"):
+        loop.train_and_evaluate(tiny_config(), tmp_path / "file" / "run")
+
+
+def test_dispatches_divide_the_steps_and_evaluation_follows_the_epochs(finished):
+    config = tiny_config()
+    for count, batch, epochs in ((1337, 96, 3), (45_000, 128, 7), (353 * 8, 8, 5)):
+        config.recipe.update({"batch_size": batch, "epochs": epochs})
+        images = np.zeros((count, 1, 1, 1), np.uint8)
+        dataset = type("D", (), {"name": "d", "train": type("S", (), {"labels": images[:, 0, 0, 0]})})
+        plan = loop.Plan.of(config.recipe, config, dataset)
+        assert plan.steps == epochs * (count // batch)
+        assert plan.steps % plan.steps_per_dispatch == 0
+        ends = range(plan.steps_per_dispatch, plan.steps + 1, plan.steps_per_dispatch)
+        assert sum(map(plan.evaluates_at, ends)) == epochs
+        assert plan.evaluates_at(plan.steps)
+
+
+RUN_TINY = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from helpers import tiny_config
+from gompertz_jax.training.loop import train_and_evaluate
+train_and_evaluate(tiny_config(), sys.argv[1])
+"""
+
+
+def start(workdir):
+    command = [sys.executable, "-c", RUN_TINY, str(workdir), str(ROOT / "tests")]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_runs_end_with_the_numbers_of_an_uninterrupted_one(finished, tmp_path):
+    """SIGKILL while the teacher trains, while it is saved, while the student trains, and anywhere."""
+    whole, result = finished
+    workdir = tmp_path / "killed"
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    moments = [
+        workdir / "teacher" / "metrics.jsonl",
+        workdir / "teacher" / "checkpoints" / "14",
+        workdir / "metrics.jsonl",
+        workdir / "checkpoints" / "14",
+    ]
+    kills = 0
+    for moment in moments:
+        process = start(workdir)
+        deadline = time.monotonic() + 240
+        while not moment.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read()
+    assert kills >= 3
+    process = start(workdir)
+    assert process.wait(timeout=240) == 0, process.stderr.read()
+    resumed = json.loads((workdir / "result.json").read_text())
+    assert without_timing(resumed) == without_timing(result)
+    assert metrics_of(workdir) == metrics_of(whole)
+    assert metrics_of(workdir / "teacher") == metrics_of(whole / "teacher")
+    networks = [load_network(directory) for directory in (whole, workdir)]
+    jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
+
+
+def test_train_py_runs_from_the_command_line(finished, tmp_path):
+    workdir, _ = finished
+    quick = ("--config.recipe.epochs=1", "--config.recipe.warmup_epochs=0", f"--config.teacher.dir={workdir / 'teacher'}")
+    done = train("--config", ROOT / "configs/digits.py", "--workdir", tmp_path / "run", *quick)
+    assert done.returncode == 0, done.stderr
+    assert "best by validation" in done.stdout
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.recipe.epoch=3"], 'Did you mean "epochs"'),
+        (["--config.recipe.epochs=many"], "config.recipe.epochs=many"),
+        (["--config.student.model=resnet9"], "student.model = 'resnet9'"),
+        (["--config.recipe.decay=multistep"], "lie beyond training"),
+        (["--workdir=/dev/null/run"], "cannot be written"),
+        (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
+        (["--config.teacher.dir=/nowhere"], "holds no trained network"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(tmp_path, arguments, message):
+    done = train("--config", ROOT / "configs/digits.py", "--workdir", tmp_path / "run", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,95 @@
+"""The pre-flight: said from shapes alone, and each thing that does not fit is refused with a way out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+import gompertz_jax as gj
+from gompertz_jax.training import config as config_module
+from gompertz_jax.training import preflight
+from gompertz_jax.training.data import Dataset, Split
+from gompertz_jax.training.errors import RunError
+
+
+def dataset(size=32, channels=3, classes=10):
+    split = Split(np.zeros((20, size, size, channels), np.uint8), np.arange(20, dtype=np.int32) % classes)
+    names = tuple(map(str, range(classes)))
+    return Dataset("cifar10", classes, split, split, (0.5,) * channels, (0.25,) * channels, names, lambda: split)
+
+
+def network(model, data, **options):
+    options = {"mean": data.mean, "std": data.std, "in_channels": data.train.images.shape[-1]} | options
+    shapes = jax.eval_shape(
+        lambda: gj.models.create(model, num_classes=data.num_classes, key=jax.random.key(0), **options)
+    )
+    return shapes.replace(mean=options["mean"], std=options["std"])
+
+
+def describe(data, *, student="mobilenetv2", teacher="resnet50", **changes):
+    config = tiny_config(**{"student.model": student, "teacher.model": teacher, **changes})
+    objective = config_module.build_objective(config, 100)
+    return preflight.describe(
+        config,
+        data,
+        student=network(student, data),
+        teacher=network(teacher, data),
+        objective=objective,
+        batch_size=64,
+        steps=100,
+        steps_per_dispatch=50,
+        label="here",
+    )
+
+
+def test_reference_pair_is_described_without_compiling_anything():
+    with jax.log_compiles(False):
+        text = describe(dataset(classes=100))
+    for part in (
+        "resnet50, 23,705,252 parameters, 64@32, 256@32, 512@16, 1024@8, 2048@4",
+        "mobilenetv2, 812,836 parameters, 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2",
+        "student 1280@2 -> teacher 2048@4 by projection 'last', 2,625,536 parameters",
+        "100 of 64 images, 50 a dispatch",
+        "weight at 0, 25, 50, 75, 100 %: 0.00674",
+        "MiB",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n.replace(mean=(0.5,)), None),
+        (lambda n: n.replace(mean=(0.5, 0.5)), "mean has 2 channels"),
+        (lambda n: n.replace(std=(0.2, 0.0, 0.2)), "std above 0"),
+        (lambda n: n.replace(mean=(125.0, 123.0, 114.0)), "divide both by 255"),
+        (lambda n: n.replace(mean=(float("nan"),) * 3), "must be finite"),
+    ],
+)
+def test_a_normalisation_that_does_not_fit_is_refused(change, message):
+    data = dataset()
+    candidate = change(network("resnet8", data))
+    if message is None:
+        assert preflight.check_network("teacher", candidate, data).logits.shape == (1, 10)
+    else:
+        with pytest.raises(RunError, match=message):
+            preflight.check_network("teacher", candidate, data)
+
+
+def test_other_classes_and_other_channels_are_refused():
+    teacher = network("resnet8", dataset(classes=100))
+    with pytest.raises(RunError, match="has 100 classes, cifar10 has 10"):
+        preflight.check_network("teacher", teacher, dataset())
+    grey = network("resnet8", dataset(channels=1), mean=(0.5,), std=(0.2,))
+    with pytest.raises(RunError, match="cannot take images of 32x32x3"):
+        preflight.check_network("student", grey, dataset())
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    with pytest.raises(RunError, match="the teacher has stages 0 to 4"):
+        describe(dataset(), **{"objective.projections.last.teacher_stage": 7})
+
+
+def test_parameters_are_counted():
+    assert preflight.count_parameters({"a": jnp.zeros((3, 4)), "b": [jax.ShapeDtypeStruct((5,), jnp.float32)]}) == 17

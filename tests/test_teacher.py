@@ -1,0 +1,89 @@
+"""The gate before the first step, and networks that come back from disk as they were saved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+import gompertz_jax as gj
+from gompertz_jax.training import teacher as room
+from gompertz_jax.training.data import Dataset, Split
+from gompertz_jax.training.errors import RunError
+
+SPEC = {"model": "resnet8", "options": {}, "dtype": "float32"}
+
+
+def dataset(validation=True):
+    """Images whose brightness is their class."""
+    labels = np.arange(200, dtype=np.int32) % 4
+    images = np.broadcast_to((labels * 60).astype(np.uint8)[:, None, None, None], (200, 8, 8, 1)).copy()
+    split = Split(images, labels)
+    held_out = split if validation else None
+    return Dataset("bright", 4, split, held_out, (0.35,), (0.26,), ("a", "b", "c", "d"), lambda: split)
+
+
+def brightness(weight=20.0):
+    """A perfect teacher of that data."""
+
+    def apply(params, stats, images, *, train, key=None):
+        level = images.mean((1, 2, 3))[:, None]
+        centres = jnp.arange(4) * 60 / 255
+        return gj.Outputs(-params["weight"] * (level - centres) ** 2, (images,), images.mean((1, 2))), stats
+
+    return gj.Network(apply, {"weight": jnp.float32(weight)}, {}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_good_teacher_passes_with_its_accuracy(validation):
+    assert room.gate(brightness(), dataset(validation), floor=0.9, origin="here") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("teacher", "floor", "message"),
+    [
+        (brightness(float("nan")), 0.0, "holds NaN or infinity"),
+        (brightness(0.0), 0.0, "guessing 25.0%"),
+        (brightness().replace(std=np.float32(1.6)), 0.9, "under the floor teacher.min_accuracy = 90.0%"),
+    ],
+    ids=["nan", "untrained", "weak"],
+)
+def test_a_broken_or_weak_teacher_is_refused(teacher, floor, message):
+    with pytest.raises(RunError, match=message):
+        room.gate(teacher, dataset(), floor=floor, origin="here")
+
+
+def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
+    network = room.network_from(SPEC, dataset(), seed=3)
+    room.save_network(tmp_path, network, SPEC, dataset())
+    loaded = room.load_network(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.stats), (network.params, network.stats))
+    images = jnp.linspace(0, 1, 2 * 64).reshape(2, 8, 8, 1)
+    got, expected = (n.forward(images, train=False)[0].logits for n in (loaded, network))
+    np.testing.assert_array_equal(got, expected)
+    shapes = room.load_network(tmp_path, abstract=True)
+    assert jax.tree.map(lambda a: a.shape, shapes.params) == jax.tree.map(lambda a: a.shape, network.params)
+    np.testing.assert_allclose(shapes.mean, [0.35])
+
+
+def test_what_is_no_network_is_refused(tmp_path):
+    with pytest.raises(RunError, match="holds no trained network"):
+        room.load_network(tmp_path)
+    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), SPEC, dataset())
+    (tmp_path / room.CARD).write_text('{"model": "resnet8"')
+    with pytest.raises(RunError, match="cannot be read"):
+        room.load_network(tmp_path)
+    (tmp_path / room.CARD).write_text('{"model": "resnet8"}')
+    with pytest.raises(RunError, match="describes no known network"):
+        room.load_network(tmp_path)
+
+
+def test_options_that_a_model_does_not_take_are_refused_by_name():
+    with pytest.raises(RunError, match="width"):
+        room.network_from({**SPEC, "options": {"width": 2.0}}, dataset(), seed=0)
+
+
+def test_a_frozen_config_equals_its_json():
+    config = tiny_config()
+    assert room.frozen(config) == room.frozen(tiny_config())
+    assert room.frozen(config)["recipe"]["boundaries"] == [150, 180, 210]

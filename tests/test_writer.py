@@ -1,0 +1,115 @@
+"""What a run writes: whole JSON, metrics that can be cut and continued, progress for terminals and for logs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from gompertz_jax.training import writer
+from gompertz_jax.training.errors import RunError
+
+
+def train(step, **values):
+    return {"step": step, "split": "train", **values}
+
+
+def validation(step, **values):
+    return {"step": step, "split": "validation", **values}
+
+
+def test_lines_are_json_and_what_is_not_finite_is_null(tmp_path):
+    with writer.MetricsWriter(tmp_path, step=0) as metrics:
+        metrics.write(train(np.int32(0), loss=np.float32(0.5), kd=float("nan"), timing={"images_per_second": np.inf}))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 0, "split": "train", "loss": 0.5, "kd": None, "timing": {"images_per_second": None}
+    }  # fmt: skip
+
+
+def test_lines_past_the_restored_step_are_cut(tmp_path):
+    """A state after n steps has the training lines of steps 0 to n - 1, and the validation line of n."""
+    with writer.MetricsWriter(tmp_path, step=0) as metrics:
+        for step in range(4):
+            metrics.write(train(step))
+            metrics.write(validation(step + 1))
+    with writer.MetricsWriter(tmp_path, step=2) as metrics:
+        metrics.write(train(2, again=1))
+    lines = writer.read_metrics(tmp_path / "metrics.jsonl")
+    expected = [train(0), validation(1), train(1), validation(2), train(2, again=1)]
+    assert lines == expected
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "split": "train"}\n{"step": 1, "spl')
+    with writer.MetricsWriter(tmp_path, step=1) as metrics:
+        metrics.write(train(1))
+    assert [line["step"] for line in writer.read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_committed_lines_are_on_disk_before_the_writer_closes(tmp_path):
+    with writer.MetricsWriter(tmp_path, step=0) as metrics:
+        metrics.write(train(0))
+        metrics.commit()
+        assert len(writer.read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_json_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "result.json"
+    writer.write_json(path, {"a": np.float32(1.5), "b": [float("nan"), (1, 2)]})
+    assert writer.read_json(path) == {"a": 1.5, "b": [None, [1, 2]]}
+    with pytest.raises(TypeError):
+        writer.write_json(path, {"a": object()})
+    assert writer.read_json(path)["a"] == 1.5
+    path.write_text('{"a": 1')
+    with pytest.raises(RunError, match=re.escape(str(path))):
+        writer.read_json(path)
+
+
+def test_progress_speaks_plainly_when_nobody_watches(capsys, monkeypatch):
+    clock = iter([0.0, 5.0, 20.0, 20.0])
+    monkeypatch.setattr(writer.time, "monotonic", lambda: next(clock))
+    with writer.Progress("student", step=0, total=400) as progress:
+        progress.update(50, loss=2.0, accuracy=0.1, images_per_second=640.0)
+        progress.validation_accuracy = 0.875
+        progress.update(100, loss=1.5, accuracy=0.25, images_per_second=1234.0)
+    out = capsys.readouterr().out
+    assert out == (
+        "student: step 100/400, ETA 1:00, 1,234 images/s, loss 1.500, accuracy 25.0%, validation 87.5%\n"
+    )
+
+
+def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(writer.sys.stderr, "isatty", lambda: True, raising=False)
+    with writer.Progress("student", step=0, total=10) as progress:
+        progress.update(10, loss=2.0, accuracy=0.5, images_per_second=64.0)
+    err = capsys.readouterr().err
+    assert "student: 100%" in err
+    assert "64 images/s, loss 2.000, accuracy 50.0%" in err
+
+
+def test_tensorboard_events_follow_where_the_extra_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class Events:
+        def __init__(self, logdir, **options):
+            written.append((logdir, options["purge_step"]))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(writer, "SummaryWriter", Events)
+    with writer.MetricsWriter(tmp_path, step=3) as metrics:
+        metrics.write(train(3, loss=0.5, kd=None, timing={"images_per_second": 10.0}))
+    assert written == [
+        (str(tmp_path / "events"), 4),
+        ("train/loss", 0.5, 3),
+        ("train/timing/images_per_second", 10.0, 3),
+        "closed",
+    ]

@@ -1,0 +1,40 @@
+"""Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.loop import train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>.")
+flags.mark_flag_as_required("config")
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parse flags; a key that the config does not have is told in one line."""
+    try:
+        return flags.FLAGS(arguments)
+    except (AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"error: --config: {' '.join(str(error).split())}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the experiment that the flags name."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of every save; the run says what it saved
+    if arguments[1:]:
+        sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    try:
+        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
