@@ -9,9 +9,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 Scalar = int | float | np.generic | np.ndarray | Array
@@ -35,7 +35,7 @@ def raised(*arrays: Any) -> tuple[Array, ...]:
 
 def is_traced(value: Any) -> bool:
     """Whether the value is known only inside a transformation, so that nothing can be asked of it."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def finite_number(

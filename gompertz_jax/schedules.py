@@ -301,11 +301,11 @@ def reversed_schedule(schedule: Schedule, total_steps: int | np.integer) -> Sche
     last = positive_count("total_steps", total_steps) - 1
 
     def weight(step: Scalar) -> Any:
-        step = jnp.asarray(step)
-        if jnp.issubdtype(step.dtype, jnp.integer):
+        steps = jnp.asarray(step)
+        if jnp.issubdtype(steps.dtype, jnp.integer):
             # A difference of unsigned or 8-bit steps would wrap around.
-            step = step.astype(jnp.promote_types(step.dtype, jnp.int32))
-        return schedule(last - step)
+            steps = steps.astype(jnp.promote_types(steps.dtype, jnp.int32))
+        return schedule(last - steps)
 
     return weight
 
@@ -315,7 +315,8 @@ def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: S
 
     .. math:: \bar w = \frac{\sum_t v(t) \, w(t)}{\sum_t v(t)}
 
-    with `v = 1` unless `weights` is given. Every step is evaluated, exactly as the training step would evaluate it, and summed in float64.
+    with `v = 1` unless `weights` is given. Every step is evaluated as the training step evaluates it, and summed in
+    float64.
 
     Args:
       schedule: the schedule `w`.

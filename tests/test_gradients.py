@@ -44,6 +44,12 @@ def central_difference(function, point, h=1e-6):
     return difference
 
 
+# Compiled once per shape and dtype: that eager evaluation agrees is tested below.
+distance_and_gradient = jax.jit(
+    jax.value_and_grad(lambda g, h, kind: gj.gradient_distance(g, h, kind=kind).sum(), argnums=(0, 1)), static_argnums=2
+)
+
+
 def test_input_gradient_of_a_linear_score_is_its_weight():
     weight, images = normal(0, (3, 4, 5, 2)), normal(1, (3, 4, 5, 2))
     gradient = gj.input_gradient(lambda x: (jnp.asarray(weight, x.dtype) * x).sum((1, 2, 3)), jnp.asarray(images))
@@ -55,7 +61,7 @@ def test_input_gradient_against_finite_differences():
     images = normal(2, (2, 3, 3, 2))
     with jax.enable_x64(True):
         score = jax.jit(lambda x: network(parameters(3), x))
-        gradient = gj.input_gradient(score, jnp.asarray(images))
+        gradient = jax.jit(lambda x: gj.input_gradient(score, x))(jnp.asarray(images))
         expected = central_difference(lambda x: float(score(jnp.asarray(x)).sum()), images)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
 
@@ -106,9 +112,7 @@ def test_distance_is_the_formula(kind, shape):
 def test_gradient_of_the_distance(kind):
     g, h = normal(9, (3, 2, 4)), normal(10, (3, 2, 4))
     with jax.enable_x64(True):
-        to_student, to_teacher = jax.grad(lambda g, h: gj.gradient_distance(g, h, kind=kind).sum(), argnums=(0, 1))(
-            jnp.asarray(g), jnp.asarray(h)
-        )
+        _, (to_student, to_teacher) = distance_and_gradient(jnp.asarray(g), jnp.asarray(h), kind)
     expected = central_difference(lambda g: reference_distance(g, h, kind).sum(), g)
     np.testing.assert_allclose(to_student, expected, rtol=1e-6, atol=1e-8)
     np.testing.assert_array_equal(to_teacher, 0.0)
@@ -126,18 +130,12 @@ def test_cosine_is_accurate_where_the_gradients_almost_agree():
     np.testing.assert_allclose(gj.gradient_distance(jnp.asarray(g), jnp.asarray(-g)), 2.0, rtol=1e-6)
 
 
-# Compiled once per shape and dtype: that eager evaluation agrees is tested below.
-distance_and_gradient = jax.jit(
-    jax.value_and_grad(lambda g, h, kind: gj.gradient_distance(g, h, kind=kind).sum()), static_argnums=2
-)
-
-
 @pytest.mark.parametrize("kind", ["cosine", "normalized_l2"])
 @pytest.mark.parametrize("student_scale", [1e-32, 1e-10, 1.0, 1e10, 1e32])
 @pytest.mark.parametrize("teacher_scale", [1e-35, 1.0, 1e35])
 def test_magnitude_changes_nothing_but_the_size_of_the_gradient(kind, student_scale, teacher_scale):
     g, h = np.float32(normal(13, (4, 6))), np.float32(normal(14, (4, 6)))
-    value, gradient = distance_and_gradient(jnp.asarray(g) * student_scale, jnp.asarray(h) * teacher_scale, kind)
+    value, (gradient, _) = distance_and_gradient(jnp.asarray(g) * student_scale, jnp.asarray(h) * teacher_scale, kind)
     np.testing.assert_allclose(value, reference_distance(g, h, kind).sum(), rtol=1e-5)
     expected = central_difference(lambda g: reference_distance(g, h, kind).sum(), g.astype(np.float64))
     # the derivative of a direction is its inverse length
@@ -168,12 +166,12 @@ def test_extremes_give_finite_values_and_gradients(name, dtype):
     g, h, cosine = EXTREMES[name]
     g, h = jnp.asarray(g, dtype), jnp.asarray(h, dtype)
     for kind, expected in (("cosine", cosine), ("normalized_l2", 2.0 * cosine)):
-        value, gradient = distance_and_gradient(g, h, kind)
+        value, (gradient, _) = distance_and_gradient(g, h, kind)
         np.testing.assert_allclose(value, expected, atol=1e-6)
         assert np.isfinite(gradient).all()
         if "zero" in name or "subnormal" in name:
             np.testing.assert_array_equal(gradient, 0.0)
-    _, gradient = distance_and_gradient(g, h, "l2")
+    _, (gradient, _) = distance_and_gradient(g, h, "l2")
     assert np.isfinite(gradient).all()
 
 
@@ -195,19 +193,15 @@ def test_matching_of_linear_models_by_hand():
         "normalized_l2": (2 - 2 * cosine, 2 * (cosine * unit_w - unit_v) / np.linalg.norm(w)),
     }
     for kind, (value, gradient) in expected.items():
-        loss = lambda w: gj.gradient_matching(  # noqa: E731
-            lambda x: (w * x).sum((1, 2, 3)),
-            lambda x: (jnp.asarray(v) * x).sum((1, 2, 3)),
-            images,
-            kind=kind,  # noqa: B023
-        )
-        np.testing.assert_allclose(loss(jnp.asarray(w)), np.full(3, value), rtol=1e-5)
-        np.testing.assert_allclose(
-            jax.grad(lambda w: loss(w).mean())(jnp.asarray(w)),
-            gradient,
-            rtol=1e-4,
-            atol=1e-5,
-        )
+
+        def loss(w, kind=kind):
+            return gj.gradient_matching(
+                lambda x: (w * x).sum((1, 2, 3)), lambda x: (jnp.asarray(v) * x).sum((1, 2, 3)), images, kind=kind
+            )
+
+        np.testing.assert_allclose(jax.jit(loss)(jnp.asarray(w)), np.full(3, value), rtol=1e-5)
+        to_student = jax.jit(jax.grad(lambda w, loss=loss: loss(w).mean()))(jnp.asarray(w))
+        np.testing.assert_allclose(to_student, gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +230,7 @@ def test_pooled_matching_with_a_shared_forward_is_the_same():
     with jax.enable_x64(True):
         images = jnp.asarray(normal(23, (2, 8, 8, 2)))
         student, teacher = parameters(24), parameters(26)
-        fixed = gj.pool_gradient(gj.input_gradient(lambda x: network(teacher, x), images), 4)
+        fixed = jax.jit(lambda x: gj.pool_gradient(gj.input_gradient(lambda x: network(teacher, x), x), 4))(images)
 
         def shared(student):
             scores, pull_back = jax.vjp(lambda x: network(student, x), images)
@@ -248,7 +242,9 @@ def test_pooled_matching_with_a_shared_forward_is_the_same():
             return gj.gradient_distance(gj.pool_gradient(gradient, 4), fixed).mean()
 
         for one, other in zip(
-            jax.tree.leaves(jax.grad(shared)(student)), jax.tree.leaves(jax.grad(separate)(student)), strict=True
+            jax.tree.leaves(jax.jit(jax.grad(shared))(student)),
+            jax.tree.leaves(jax.jit(jax.grad(separate))(student)),
+            strict=True,
         ):
             np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 

@@ -41,7 +41,8 @@ def test_what_is_loaded_on_first_use_is_listed_and_found():
         *names
     }
     loaded = run(
-        f"import sys, gompertz_jax as gj; gj.sinkhorn_distance; print(*(name for name in {HEAVY} if name in sys.modules))"
+        "import sys, gompertz_jax as gj; gj.sinkhorn_distance; "
+        f"print(*(name for name in {HEAVY} if name in sys.modules))"
     )
     assert "ott" in loaded and "tensorflow" not in loaded
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._numerics import positive_count, raised
 
-ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch"]]
+ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
 
 _KINDS = ("cosine", "l2", "normalized_l2")
 
@@ -95,7 +95,7 @@ def gradient_distance(
     teacher_gradient: Float[Array, "..."],
     *,
     kind: str = "cosine",
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     r"""Distance between two gradients of the same shape, one value per example.
 
     With :math:`g` the student's and :math:`h` the teacher's gradient of one example, over all its axes:
@@ -173,7 +173,7 @@ def gradient_matching(
     images: Float[Array, "batch height width channels"],
     *,
     kind: str = "cosine",
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """Distance between the input gradients of both networks' scores, one value per image.
 
     `gradient_distance(input_gradient(student), input_gradient(teacher))`. It is ready to sit inside an outer `jax.grad`

@@ -85,7 +85,7 @@ def sinkhorn_distance(
     :math:`e = \epsilon \, \overline{C}`, so that one `epsilon` means the same on every layer and all through training
     (:math:`\overline{C}` is floored at the smallest normal number, so that two clouds in one point cost 0, and
     `epsilon` at 64 machine epsilons, 8e-6 in float32). The value is in squared units of the points. It is that of the
-    dual problem, which errs by the square of the marginal error only.
+    dual problem: a lower bound, flat at the optimum, and so more exact than the plan.
 
     The gradient with respect to `x` is :math:`\langle P, \partial C / \partial x \rangle` at the optimal `P` (envelope
     theorem), without differentiation through the iterations. In it `e` is a constant: the term that is left out is
@@ -101,11 +101,12 @@ def sinkhorn_distance(
       x: the student's clouds, `[..., n, d]`.
       y: the teacher's clouds, `[..., m, d]`, with the same leading axes.
       epsilon: regularisation relative to the mean cost, positive; may be a traced scalar (a schedule inside the step).
-        A smaller one is closer to unregularised transport and takes about 1 / epsilon as many iterations; below about
-        1e-3 float32 does not resolve the plan.
+        A smaller one is closer to unregularised transport and takes many more iterations; below about 1e-3 float32
+        does not resolve the plan.
       debiased: subtract the self terms.
       return_diagnostics: also return a `SinkhornDiagnostics`.
-      threshold: marginal error at which an example is done; the relative error of the gradient is of its order.
+      threshold: marginal error at which an example is done, positive. At the default, the value is within 1e-4 and the
+        gradient within .3 % of the limit (measured: 64 points in 64 dimensions, `epsilon` .05 and .01).
       max_iterations: iterations after which an example is given up, in steps of 5; its value is then a lower bound
         and `converged` is False.
 
@@ -144,7 +145,9 @@ def sinkhorn_distance(
     value, gradient, diagnostics = _transport(
         jax.lax.stop_gradient(x).reshape(-1, *x.shape[-2:]),
         jax.lax.stop_gradient(y).reshape(-1, *y.shape[-2:]),
-        jax.lax.stop_gradient(jnp.maximum(epsilon, _MACHINE_EPSILONS_RESOLVED * jnp.finfo(x.dtype).eps)).astype(x.dtype),
+        jax.lax.stop_gradient(jnp.maximum(epsilon, _MACHINE_EPSILONS_RESOLVED * jnp.finfo(x.dtype).eps)).astype(
+            x.dtype
+        ),
         jax.lax.stop_gradient(jnp.asarray(threshold, x.dtype)),
         debiased=bool(debiased),
         max_iterations=max_iterations,
@@ -233,7 +236,7 @@ def _solve(
     """Value, plan and diagnostics at `e = epsilon * scale` for costs `[B, n, m]` and scales `[B]`."""
     solver = Sinkhorn(
         lse_mode=True,
-        threshold=threshold,
+        threshold=threshold,  # pyright: ignore[reportArgumentType] (a leaf of OTT's solver; any scalar)
         inner_iterations=min(_ITERATIONS_BETWEEN_CHECKS, max_iterations),
         max_iterations=max_iterations,
         # Both potentials of a cloud against itself are equal: averaging the parallel updates converges in a few steps
@@ -265,7 +268,8 @@ def _solve(
 
 
 def _iterate(solver: Sinkhorn, cost: Array, epsilon: Array) -> tuple[Array, Array, Array, Array]:
-    output = solver(LinearProblem(Geometry(cost, epsilon=epsilon)))
+    # OTT annotates for the untraced case only.
+    output: Any = solver(LinearProblem(Geometry(cost, epsilon=epsilon)))  # pyright: ignore[reportArgumentType]
     return output.f, output.g, output.converged, output.n_iters
 
 
@@ -308,6 +312,13 @@ def gaussian_wasserstein(x: Float[Array, "*batch points width"], y: Float[Array,
       https://arxiv.org/abs/2412.08139.
     """
     _check_same_clouds(x, y)
+    return gaussian_distance(x, y)
+
+
+def gaussian_distance(
+    x: Float[Array, "*batch points width"], y: Float[Array, "*batch others width"]
+) -> Float[Array, "*batch"]:
+    """`gaussian_wasserstein` of clouds whose numbers of points may differ: maps of two networks, `[..., n or m, d]`."""
     x, y = raised(x, jax.lax.stop_gradient(y))
     means = jnp.mean(x, axis=-2) - jnp.mean(y, axis=-2)
     deviations = _standard_deviation(x) - _standard_deviation(y)
