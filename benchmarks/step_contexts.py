@@ -166,7 +166,7 @@ def main():
     order = ", input gradients matched" if options.second_order else ""
     print(f"{networks}{order}, batch {options.batch}, 32x32x3, float32, {options.repetitions} repetitions")
     print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
-    print(f"{'ms per step':<12}{'ours':>26}{'stock':>26}{'stock / ours':>14}")
+    print(f"{'ms per step':<12}{'ours':>30}{'stock':>30}{'stock / ours':>14}")
     rows = {}
     for context in options.contexts:
         seconds = measure(context, options)
@@ -174,7 +174,7 @@ def main():
         medians = {name: float(np.median(values)) for name, values in cells.items()}
         ratio = medians["stock"] / medians["ours"]
         text = {n: f"{medians[n]:.1f} ({v.min():.1f} to {v.max():.1f})" for n, v in cells.items()}
-        print(f"{context:<12}{text['ours']:>26}{text['stock']:>26}{ratio:>14.2f}", flush=True)
+        print(f"{context:<12}{text['ours']:>30}{text['stock']:>30}{ratio:>14.2f}", flush=True)
         rows[context] = {"seconds": seconds, "ratio_of_medians": ratio}
     if options.json:
         record = {"options": vars(options), "versions": versions, "hardware": hardware(), "contexts": rows}

@@ -26,7 +26,7 @@ GEOMETRIES = [
     ((4, 4), (1, 1), (1, 1), ((1, 1), (1, 1))),
     ((7, 7), (2, 2), (3, 3), ((0, 0), (0, 0))),
 ]
-DEPTHWISE_GEOMETRIES = [GEOMETRIES[i] for i in (0, 1, 2, 6, 7, 9)]
+DEPTHWISE_GEOMETRIES = [GEOMETRIES[i] for i in (0, 2, 6, 9)]
 
 
 def reference(x, w, strides, padding):

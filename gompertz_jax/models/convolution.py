@@ -13,6 +13,8 @@ so the rules are closed under reverse-mode differentiation of every order. Forwa
 `jax.hessian`) is not defined, as for every `jax.custom_vjp`.
 """
 
+import functools
+import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -118,7 +120,8 @@ def depthwise_conv(
 
 
 def _geometry(x: Array, w: Array, strides: Pair, padding: tuple[Pair, Pair]) -> _Geometry:
-    geometry = _Geometry(x.shape[1:3], w.shape[:2], tuple(strides), tuple(map(tuple, padding)))
+    (_, height, width, _), (kernel_height, kernel_width, _, _) = x.shape, w.shape
+    geometry = _Geometry((height, width), (kernel_height, kernel_width), strides, padding)
     if min(geometry.output) < 1:
         raise ValueError(f"a kernel of {geometry.kernel} does not fit images of {geometry.image} padded by {padding}")
     return geometry
@@ -270,10 +273,8 @@ def _plain_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
 
 def _shifted_sum(geometry: _Geometry, x: Array, w: Array) -> Array:
     taps = w.reshape(-1, x.shape[3])
-    return sum(
-        shifted * tap
-        for shifted, tap in zip(_shifted(x, geometry.kernel, geometry.strides, geometry.padding), taps, strict=True)
-    )
+    shifted = _shifted(x, geometry.kernel, geometry.strides, geometry.padding)
+    return functools.reduce(operator.add, (image * tap for image, tap in zip(shifted, taps, strict=True)))
 
 
 def _shifted_sum_input_gradient(geometry: _Geometry, g: Array, w: Array) -> Array:
@@ -288,11 +289,8 @@ def _shifted_sum_input_gradient(geometry: _Geometry, g: Array, w: Array) -> Arra
     )
     spread = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
     flipped = w[::-1, ::-1].reshape(-1, g.shape[3])
-    no_padding = ((0, 0), (0, 0))
-    return sum(
-        shifted * tap
-        for shifted, tap in zip(_shifted(spread, geometry.kernel, (1, 1), no_padding), flipped, strict=True)
-    )
+    shifted = _shifted(spread, geometry.kernel, (1, 1), ((0, 0), (0, 0)))
+    return functools.reduce(operator.add, (image * tap for image, tap in zip(shifted, flipped, strict=True)))
 
 
 def _shifted_sum_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
@@ -303,7 +301,8 @@ def _shifted_sum_weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Arr
 
 def _shifted(x: Array, kernel: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> list[Array]:
     """For every tap of the kernel, row by row, the pixels that it reads: one `[B, H', W', C]` each."""
-    output_h, output_w = _Geometry(x.shape[1:3], kernel, strides, padding).output
+    _, height, width, _ = x.shape
+    output_h, output_w = _Geometry((height, width), kernel, strides, padding).output
     padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)))
     reach_h, reach_w = (output_h - 1) * strides[0] + 1, (output_w - 1) * strides[1] + 1
     return [

@@ -50,7 +50,8 @@ class Conv(nnx.Module):
     def __init__(self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, draws: Draws):
         self.kernel = nnx.Param(he_normal(draws, (kernel_size, kernel_size, channels, filters)))
         self.strides = (stride, stride)
-        self.padding = ((kernel_size // 2,) * 2,) * 2
+        edges = (kernel_size // 2, kernel_size // 2)
+        self.padding = (edges, edges)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ filters"]:
         kernel = self.kernel[...].astype(x.dtype)
@@ -63,7 +64,8 @@ class DepthwiseConv(nnx.Module):
     def __init__(self, channels: int, kernel_size: int, *, stride: int = 1, draws: Draws):
         self.kernel = nnx.Param(he_normal(draws, (kernel_size, kernel_size, 1, channels)))
         self.strides = (stride, stride)
-        self.padding = ((kernel_size // 2,) * 2,) * 2
+        edges = (kernel_size // 2, kernel_size // 2)
+        self.padding = (edges, edges)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
         kernel = self.kernel[...].astype(x.dtype)
@@ -131,7 +133,8 @@ class Linear(nnx.Module):
 
 def max_pool_3x3(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
     """Maximum over 3x3 windows at stride 2, padded by one pixel of minus infinity."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    edges = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), edges)
 
 
 def global_mean(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch channels"]:
