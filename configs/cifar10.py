@@ -1,11 +1,11 @@
 """The reference experiment: ResNet-50 -> MobileNetV2 (width 0.5) on CIFAR-10, 240 epochs.
 
-    python train.py --config configs/cifar10.py [--config.dataset.data_dir=DIR]
+    python train.py --config configs/cifar10.py [--config.data.data_dir=DIR]
 
 The pair is one that the Gompertz-CNN abstract names; the recipe is the field's (SGD with momentum 0.9, batch 64, weight
 decay 5e-4, learning rate 0.01 for MobileNetV2 and 0.05 for ResNet-50, times 0.1 at epochs 150, 180 and 210, T = 4:
 Tian, Krishnan, Isola, 2020, https://arxiv.org/abs/1910.10699). The objective is our reconstruction. It is meant for an
-accelerator. `--config.dataset.validation=0` trains on all 50,000 images and reports the last step, as published tables
+accelerator. `--config.data.validation=0` trains on all 50,000 images and reports the last step, as published tables
 do.
 """
 
@@ -14,7 +14,7 @@ from gompertz_jax.training.config import get_default
 
 def get_config():
     config = get_default()
-    config.dataset.name = "cifar10"
+    config.data.name = "cifar10"
     config.teacher.model = "resnet50"
     config.teacher.min_accuracy = 0.9
     config.student.model = "mobilenetv2"

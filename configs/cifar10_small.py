@@ -1,6 +1,6 @@
 """ResNet-20 -> ResNet-8 on CIFAR-10, for two CPU cores or a coffee break on a GPU.
 
-    python train.py --config configs/cifar10_small.py [--config.dataset.data_dir=DIR]
+python train.py --config configs/cifar10_small.py [--config.data.data_dir=DIR]
 """
 
 from gompertz_jax.training.config import get_default
@@ -8,7 +8,7 @@ from gompertz_jax.training.config import get_default
 
 def get_config():
     config = get_default()
-    config.dataset.name = "cifar10"
+    config.data.name = "cifar10"
     config.teacher.model = "resnet20"
     config.teacher.min_accuracy = 0.7
     config.student.model = "resnet8"

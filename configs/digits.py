@@ -10,8 +10,8 @@ from gompertz_jax.training.config import get_default
 
 def get_config():
     config = get_default()
-    config.dataset.name = "digits"
-    config.dataset.validation = 180
+    config.data.name = "digits"
+    config.data.validation = 180
     config.augment.padding = 1
     config.augment.flip = False  # a mirrored digit is another sign
     config.teacher.model = "resnet14"

@@ -26,9 +26,7 @@ class Outputs(NamedTuple):
     pooled: Float[Array, "batch _"]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"])
 @dataclass(frozen=True)
 class Network:
     """A network as data: a pure `apply` and the arrays it reads. Any framework fits behind it.

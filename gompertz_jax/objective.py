@@ -125,9 +125,9 @@ def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batc
 
     The per-channel Gaussian form is WKD-F's (Lv, Yang, Li, 2024, https://arxiv.org/abs/2412.08139).
     """
-    from .losses.wasserstein import gaussian_wasserstein
+    from .losses.wasserstein import gaussian_distance
 
-    return gaussian_wasserstein(*_clouds(record, projection))
+    return gaussian_distance(*_clouds(record, projection))
 
 
 def gradient_match(record: Record, *, pool: int = 4, kind: str = "cosine") -> Float[Array, " batch"]:

@@ -14,8 +14,8 @@ def tiny_config(**changes):
     config = get_default()
     config.update_from_flattened_dict(
         {
-            "dataset.name": "digits",
-            "dataset.validation": 100,
+            "data.name": "digits",
+            "data.validation": 100,
             "augment.padding": 1,
             "augment.flip": False,
             "teacher.model": "resnet8",

@@ -46,8 +46,18 @@ def test_schedules_in_text(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "gompertz", "gompertz(8)", "gompertz(slope=3)", "__import__('os')", "1 +", "1 + 2", "gompertz(rate=-1)", "curve",
-     "linear(start=open('x'))"],
+    [
+        "",
+        "gompertz",
+        "gompertz(8)",
+        "gompertz(slope=3)",
+        "__import__('os')",
+        "1 +",
+        "1 + 2",
+        "gompertz(rate=-1)",
+        "curve",
+        "linear(start=open('x'))",
+    ],
 )
 def test_text_that_is_no_schedule_is_refused_with_its_key(text):
     with pytest.raises(RunError, match=r"recipe\.thing"):
@@ -147,6 +157,6 @@ def test_unknown_keys_and_other_types_are_refused():
 
 
 def test_differing_keys_are_listed_without_those_that_may_change():
-    old = {"seed": 0, "recipe": {"epochs": 1}, "logging": {"every_steps": 1}, "dataset": {"data_dir": "a", "name": "x"}}
-    new = {"seed": 1, "recipe": {"epochs": 1}, "logging": {"every_steps": 5}, "dataset": {"data_dir": "b", "name": "y"}}
-    assert room.differing_keys(old, new) == ["dataset.name: 'x' -> 'y'", "seed: 0 -> 1"]
+    old = {"seed": 0, "recipe": {"epochs": 1}, "logging": {"every_steps": 1}, "data": {"data_dir": "a", "name": "x"}}
+    new = {"seed": 1, "recipe": {"epochs": 1}, "logging": {"every_steps": 5}, "data": {"data_dir": "b", "name": "y"}}
+    assert room.differing_keys(old, new) == ["data.name: 'x' -> 'y'", "seed: 0 -> 1"]

@@ -83,7 +83,9 @@ def test_a_term_that_needs_a_teacher_says_so():
 def test_evaluate_weights_each_term_and_logs_schedules_and_diagnostics():
     terms = (
         gj.Term("ce", gj.constant_schedule(1.0), room.cross_entropy, distils=False),
-        gj.Term("kd", gj.linear_schedule(10), room.soft_targets, {"temperature": gj.linear_schedule(10, start=8, end=2)}),
+        gj.Term(
+            "kd", gj.linear_schedule(10), room.soft_targets, {"temperature": gj.linear_schedule(10, start=8, end=2)}
+        ),
         gj.Term("w", gj.constant_schedule(0.5), room.wasserstein, {"epsilon": gj.constant_schedule(0.1)}),
     )
     r = record()
@@ -139,7 +141,9 @@ def test_projection_matches_a_numpy_linear_map_and_batch_norm():
 
 def test_teacher_statistics_are_those_of_all_batches_together_and_survive_a_dead_channel():
     objective = gj.Objective((), {"last": gj.Projection()})
-    stats = {"last": {"mean": jnp.zeros(3), "var": jnp.ones(3), "teacher_mean": jnp.zeros(3), "teacher_std": jnp.ones(3)}}
+    stats = {
+        "last": {"mean": jnp.zeros(3), "var": jnp.ones(3), "teacher_mean": jnp.zeros(3), "teacher_std": jnp.ones(3)}
+    }
     maps = RNG.normal(3.0, 2.0, size=(7, 2, 2, 3)).astype(np.float32)
     maps[..., 1] = 0.0
     measured = room.measure_teacher(objective, stats, [(jnp.asarray(maps[:4]),), (jnp.asarray(maps[4:]),)])["last"]

@@ -54,7 +54,9 @@ def test_projections_have_their_own_rate():
 def test_decay_touches_everything_or_kernels_only():
     w, g = np.ones(3, np.float32), np.zeros((1, 3), np.float32)
     np.testing.assert_allclose(run(recipe(weight_decay=0.1, momentum=0.0), g, w)["student"], 0.99)
-    np.testing.assert_allclose(run(recipe(weight_decay=0.1, momentum=0.0, decay_everything=False), g, w)["student"], 1.0)
+    np.testing.assert_allclose(
+        run(recipe(weight_decay=0.1, momentum=0.0, decay_everything=False), g, w)["student"], 1.0
+    )
 
 
 def test_clipping_is_by_the_global_norm():

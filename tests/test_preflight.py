@@ -91,5 +91,17 @@ def test_a_stage_that_is_not_there_is_refused():
         describe(dataset(), **{"objective.projections.last.teacher_stage": 7})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective.terms.gradient.kind": "l3"}, "objective.terms.gradient cannot be computed: .*l3"),
+        ({"objective.terms.gradient.pool": 5}, "objective.terms.gradient cannot be computed: .*5"),
+    ],
+)
+def test_a_term_that_cannot_be_computed_is_refused_by_name(changes, message):
+    with pytest.raises(RunError, match=message):
+        describe(dataset(), **changes)
+
+
 def test_parameters_are_counted():
     assert preflight.count_parameters({"a": jnp.zeros((3, 4)), "b": [jax.ShapeDtypeStruct((5,), jnp.float32)]}) == 17

@@ -17,8 +17,8 @@ def result(best=0.985):
 
 def test_card_names_networks_accuracies_seconds_and_files():
     card = report.result_card(result(), Path("runs/digits"))
-    for part in ("digits, seed 0, 1,234 steps", "resnet14", "98.75%", "98.00% (last step)", "98.50% (best by validation)",
-                 "student 41 (4,321 images/s), teacher 17", "runs/digits/"):  # fmt: skip
+    for part in ("digits, seed 0, 1,234 steps", "resnet14", "98.75%", "98.00% (last step)",
+                 "98.50% (best by validation)", "student 41 (4,321 images/s), teacher 17", "runs/digits/"):  # fmt: skip
         assert part in card
     assert len({len(line) for line in card.splitlines()}) == 1
     assert "best by validation" not in report.result_card(result(None), Path("runs/digits"))
@@ -26,8 +26,8 @@ def test_card_names_networks_accuracies_seconds_and_files():
 
 def test_curves_are_drawn_from_the_metrics_also_with_gaps(tmp_path):
     lines = [
-        {"step": step, "split": "train", "loss": 1.0, "accuracy": 0.5, "ce/weight": 1.0, "ce/weighted": 2.0 / (step + 1),
-         "kd/weight": step / 10, "kd/weighted": None}
+        {"step": step, "split": "train", "loss": 1.0, "accuracy": 0.5, "ce/weight": 1.0,
+         "ce/weighted": 2.0 / (step + 1), "kd/weight": step / 10, "kd/weighted": None}
         for step in range(10)
     ]  # fmt: skip
     lines.append({"step": 10, "split": "validation", "accuracy": 0.7, "agreement": 0.8})

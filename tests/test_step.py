@@ -80,6 +80,7 @@ def test_full_objective_gradient_matches_finite_differences_in_float64():
 
     The scale of epsilon is a constant in differentiation, so the Gaussian form stands for transport here.
     """
+
     def nonlinear(params, stats, images, *, train, key=None):
         hidden = jnp.tanh(images @ params["v"])
         outputs, stats = linear_apply(params, stats, images, train=train)
@@ -132,7 +133,9 @@ def test_many_steps_a_dispatch_equal_single_dispatches():
     many_state, metrics = many(many_state, teacher, b)
     assert many_state.step == 5
     np.testing.assert_array_equal(metrics["step"], range(5))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one_state.params, many_state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one_state.params, many_state.params
+    )
     np.testing.assert_allclose(metrics["loss"], np.concatenate([m["loss"] for m in singles]), rtol=1e-4)
 
 

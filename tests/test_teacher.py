@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config
 
 import gompertz_jax as gj
 from gompertz_jax.training import teacher as room
@@ -81,9 +80,3 @@ def test_what_is_no_network_is_refused(tmp_path):
 def test_options_that_a_model_does_not_take_are_refused_by_name():
     with pytest.raises(RunError, match="width"):
         room.network_from({**SPEC, "options": {"width": 2.0}}, dataset(), seed=0)
-
-
-def test_a_frozen_config_equals_its_json():
-    config = tiny_config()
-    assert room.frozen(config) == room.frozen(tiny_config())
-    assert room.frozen(config)["recipe"]["boundaries"] == [150, 180, 210]

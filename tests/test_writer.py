@@ -74,9 +74,7 @@ def test_progress_speaks_plainly_when_nobody_watches(capsys, monkeypatch):
         progress.validation_accuracy = 0.875
         progress.update(100, loss=1.5, accuracy=0.25, images_per_second=1234.0)
     out = capsys.readouterr().out
-    assert out == (
-        "student: step 100/400, ETA 1:00, 1,234 images/s, loss 1.500, accuracy 25.0%, validation 87.5%\n"
-    )
+    assert out == ("student: step 100/400, ETA 1:00, 1,234 images/s, loss 1.500, accuracy 25.0%, validation 87.5%\n")
 
 
 def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):

@@ -45,12 +45,14 @@ def shuffled_index(position: Integer[Array, "*shape"], *, key: PRNGKeyArray, siz
     bits = max(2, (size - 1).bit_length())
     round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
 
-    def walk(value: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-        return jnp.where(value < size, value, _feistel(value, round_keys, bits))
+    def walk(state: tuple[UInt32[Array, "*shape"], Bool[Array, "*shape"]]) -> tuple[Array, Array]:
+        value, arrived = state
+        value = jnp.where(arrived, value, _feistel(value, round_keys, bits))
+        return value, value < size
 
-    # One application comes first: positions below `size` are where every walk starts, not where it ends.
-    start = _feistel(position.astype(jnp.uint32), round_keys, bits)
-    return jax.lax.while_loop(lambda value: jnp.any(value >= size), walk, start).astype(jnp.int32)
+    # Nobody has arrived at the start, though every position is below `size`: a walk is at least one step long.
+    start = position.astype(jnp.uint32), jnp.zeros(position.shape, bool)
+    return jax.lax.while_loop(lambda state: ~state[1].all(), walk, start)[0].astype(jnp.int32)
 
 
 def _feistel(value: UInt32[Array, "*shape"], round_keys: UInt32[Array, "rounds"], bits: int) -> UInt32[Array, "*shape"]:
@@ -132,7 +134,7 @@ def random_crop(
       >>> from gompertz_jax.training.augment import random_crop
       >>> image = jnp.arange(1, 5).reshape(1, 2, 2, 1)
       >>> random_crop(image, jax.random.key(1), 1)[0, :, :, 0].tolist()
-      [[0, 1], [0, 3]]
+      [[2, 0], [4, 0]]
     """
     batch = images.shape[0]
     offset = _crop_offset(key, batch, padding)
@@ -156,7 +158,7 @@ def random_flip(
       >>> from gompertz_jax.training.augment import random_flip
       >>> images = jnp.tile(jnp.arange(3).reshape(1, 1, 3, 1), (4, 1, 1, 1))
       >>> random_flip(images, jax.random.key(0))[:, 0, :, 0].tolist()
-      [[0, 1, 2], [2, 1, 0], [2, 1, 0], [0, 1, 2]]
+      [[0, 1, 2], [0, 1, 2], [2, 1, 0], [2, 1, 0]]
     """
     batch = images.shape[0]
     return jnp.where(_mirrored(key, batch)[:, None, None, None], images[:, :, ::-1], images)

@@ -14,6 +14,7 @@ way, what `read` returns is CIFAR bit for bit, in the official order. Nothing th
 
 import contextlib
 import hashlib
+import http.client
 import io
 import os
 import random
@@ -37,7 +38,8 @@ from tensorflow_datasets.core.download.resource import get_dl_fname
 from tensorflow_datasets.core.utils import tqdm_utils
 from tensorflow_datasets.image_classification import cifar
 
-from .data import DataError, Split, check_labels
+from .errors import DataError
+from .images import Split, check_labels
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -187,7 +189,8 @@ def read(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     Raises:
       DataError: see `prepare`; or the prepared files are damaged, or their images are not the official ones.
     """
-    builder_class, builder = BUILDERS[name], prepare(name, data_dir=data_dir)
+    builder_class = BUILDERS[name]
+    builder: Any = prepare(name, data_dir=data_dir)  # as Any: TFDS's decorators hide its methods' signatures
     way_out = f"move {builder.data_dir} away, and the set is prepared anew"
     size = sum(file.records for file in builder_class.FILES[split])
     images = np.empty((size, _SIDE, _SIDE, 3), np.uint8)
@@ -195,7 +198,7 @@ def read(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
     present = np.zeros(size, bool)
     with _quiet():
         try:
-            source: Any = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
             if len(source) != size:
                 raise ValueError(f"{len(source):,} examples instead of {size:,}")
             for example in source:
@@ -282,9 +285,8 @@ def _material(builder: Cifar10Png, dl_manager: tfds.download.DownloadManager) ->
         if reason is not None:
             raise DataError(f"{builder.URL} cannot be reached ({reason}): {offline}")
     try:
-        found = Path(
-            dl_manager.download(builder.URL)
-        )  # what was put by hand is not downloaded, but held to the checksum
+        # TFDS takes the archive from `manual` if it is there, and holds it to the checksum all the same.
+        found = Path(dl_manager.download(builder.URL))
     except NonMatchingChecksumError as error:
         if not archive.exists():
             raise DataError(
@@ -307,7 +309,7 @@ def _unreachable(url: str) -> object | None:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_SECONDS):
             return None
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, http.client.HTTPException):
         return None
     except urllib.error.URLError as error:
         # TFDS brings certificates of its own where Python may find none: let it have a try.

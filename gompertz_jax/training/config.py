@@ -19,7 +19,7 @@ from .errors import RunError
 Config = Any  # an ml_collections.ConfigDict: what its keys hold is known to get_default, not to a type checker
 
 # Keys that may differ between the first start of a workdir and a later one: they change no number of the run.
-CHANGEABLE = ("dataset.data_dir", "logging", "checkpoint")
+CHANGEABLE = ("data.data_dir", "logging", "checkpoint")
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "cross_entropy": terms.cross_entropy,
@@ -57,7 +57,7 @@ def get_default() -> Config:
     config: Config = ml_collections.ConfigDict(
         {
             "seed": 0,  # student's weights, data order, augmentation
-            "dataset": {
+            "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits"
                 "data_dir": "",  # where TFDS keeps data sets; "": its own default
                 "validation": 5000,  # images held out of the training set to select by; 0: none, the last step counts

@@ -5,33 +5,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
-from .errors import RunError
+from .errors import DataError as DataError
+from .images import Split as Split
 
 NAMES = ("cifar10", "cifar100", "digits")
 
 # Which digits are for the test is part of the data set, so it depends on no setting.
 _DIGITS_TEST_SEED, _DIGITS_TEST_FRACTION = 1797, 0.2
-
-
-class DataError(RunError):
-    """Data that is missing, damaged or not what was asked for; the message names it and the way out."""
-
-
-class Split(NamedTuple):
-    """Some images of a data set.
-
-    Attributes:
-      images: `[N, h, w, c]`, values 0 to 255.
-      labels: their classes, `[N]`.
-    """
-
-    images: UInt8[np.ndarray, "size height width channels"]
-    labels: Int32[np.ndarray, "size"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,32 +124,6 @@ def load(
         class_names=class_names,
         read_test=read_test,
     )
-
-
-def check_labels(labels: np.ndarray, num_classes: int, *, source: str) -> None:
-    """Refuse labels outside `[0, num_classes)`, naming the first one.
-
-    Args:
-      labels: `[N]`, integers.
-      num_classes: how many classes there are.
-      source: where the labels are from, for the message.
-
-    Raises:
-      DataError: one is outside.
-
-    Examples:
-      >>> import numpy as np
-      >>> from gompertz_jax.training.data import check_labels
-      >>> check_labels(np.array([0, 12, 3]), 10, source="mine")
-      Traceback (most recent call last):
-      gompertz_jax.training.data.DataError: mine: label 12 of example 1 is not one of 10 classes; ...
-    """
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if wrong.size:
-        raise DataError(
-            f"{source}: label {labels[wrong[0]]} of example {wrong[0]} is not one of {num_classes} classes; "
-            "the file is damaged or of another data set"
-        )
 
 
 def _cifar_test(name: str, data_dir: str | os.PathLike | None) -> Split:

@@ -51,9 +51,7 @@ def make_optimizer(recipe: Config, rate: Schedule) -> optax.GradientTransformati
     momentum = optax.trace(recipe.momentum, nesterov=recipe.nesterov) if recipe.momentum else optax.identity()
     clip = optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity()
     inner = [momentum, decay] if recipe.decoupled_decay else [decay, momentum]
-    projections = optax.masked(
-        optax.scale(recipe.get("projection_rate", 1.0)), {"student": False, "projections": True}
-    )
+    projections = optax.masked(optax.scale(recipe.get("projection_rate", 1.0)), {"student": False, "projections": True})
     return optax.chain(clip, *inner, optax.scale_by_learning_rate(rate), projections)
 
 

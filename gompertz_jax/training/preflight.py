@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..network import Network, Outputs, PyTree
-from ..objective import Objective, init_projections
+from ..objective import Objective, Record, evaluate, init_projections, project
 from ..step import output_shapes
 from . import config as config_module
 from .config import Config
@@ -81,6 +81,30 @@ def check_projections(objective: Objective, student: Outputs, teacher: Outputs) 
                 )
 
 
+def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None, image_shape: tuple[int, ...]) -> None:
+    """Refuse a term that cannot be computed from these shapes, before any of it is compiled."""
+
+    def record(student: Outputs, teacher: Outputs | None) -> Record:
+        maps = ({}, {}, {})
+        if teacher is not None:
+            maps = project(
+                objective, *init_projections(objective, student, teacher, jax.random.key(0)), student, teacher
+            )
+
+        def pull_back(cotangent: jax.Array) -> jax.Array:
+            return jnp.zeros((len(cotangent), *image_shape))
+
+        labels = jnp.zeros(len(student.logits), jnp.int32)
+        return Record(labels, student, teacher, maps[0], maps[1], pull_back, pull_back, jax.random.key(0))
+
+    for term in objective.terms:
+        alone = Objective((term,), objective.projections)
+        try:
+            jax.eval_shape(lambda s, t, alone=alone: evaluate(alone, record(s, t), 0).raw, student, teacher)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"objective.terms.{term.name} cannot be computed: {str(error).splitlines()[0]}") from error
+
+
 def stages(shapes: Outputs) -> str:
     """A network's maps as the field's tables write them, channels@size."""
     return ", ".join(f"{stage.shape[3]}@{_size(stage.shape)}" for stage in shapes.features)
@@ -124,6 +148,7 @@ def describe(
         teacher_shapes = check_network("teacher", teacher, dataset)
         rows.append(("teacher", _network_line(config.teacher, teacher, teacher_shapes)))
         check_projections(objective, student_shapes, teacher_shapes)
+    check_terms(objective, student_shapes, teacher_shapes, (height, width, channels))
     rows.append(("student", _network_line(config.student, student, student_shapes)))
     projections = {}
     if teacher_shapes is not None:
@@ -165,9 +190,7 @@ def _reads(term: Any, projection: str) -> bool:
     return options.get("projection") == projection
 
 
-def _memory(
-    student: Network, teacher: Network | None, projections: PyTree, dataset: Dataset, batch_size: int
-) -> int:
+def _memory(student: Network, teacher: Network | None, projections: PyTree, dataset: Dataset, batch_size: int) -> int:
     """Bytes of what certainly lives at once: an estimate from below, before the compiler's scratch space."""
     images = jax.ShapeDtypeStruct((batch_size, *dataset.train.images.shape[1:]), jnp.float32)
 

@@ -1,6 +1,5 @@
 """Trained networks on disk, and the gate that a teacher passes before the first step."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,8 +151,3 @@ def held_out(dataset: Dataset) -> Split:
     if dataset.validation is not None:
         return dataset.validation
     return Split(dataset.train.images[:GATE_IMAGES], dataset.train.labels[:GATE_IMAGES])
-
-
-def frozen(config: Any) -> dict[str, Any]:
-    """A config as JSON would give it back, so that a saved and a fresh one compare equal."""
-    return json.loads(json.dumps(config.to_dict()))

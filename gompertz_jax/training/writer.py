@@ -23,13 +23,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader finds the old one or the new one, never a part of either."""
-    temporary = path.with_suffix(path.suffix + ".partial")
-    with temporary.open("w") as file:
-        json.dump(_plain(content), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    _replace(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,9 +61,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, *, step: int):
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] + (line["split"] == "train") <= step]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._events = None
         if SummaryWriter is not None:
@@ -142,6 +134,15 @@ class Progress:
     def _figures(self, loss: float, accuracy: float, images_per_second: float) -> str:
         held_out = "" if self.validation_accuracy is None else f", validation {self.validation_accuracy:.1%}"
         return f"{images_per_second:,.0f} images/s, loss {loss:.3f}, accuracy {accuracy:.1%}{held_out}"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".partial")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _duration(seconds: float) -> str:

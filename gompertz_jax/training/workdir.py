@@ -1,0 +1,77 @@
+"""The directory of a run: whose it is, whether it can be written, and what computed in it."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .config import Config, differing_keys
+from .errors import RunError
+from .writer import read_json, write_json
+
+CONFIG = "config.json"
+
+
+def frozen(config: Config) -> dict[str, Any]:
+    """A config as JSON would give it back, so that a saved and a fresh one compare equal."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a workdir that cannot be written or that belongs to another config; creates it if need be.
+
+    Raises:
+      RunError: says which keys differ.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = f"the workdir {workdir} cannot be written ({error.strerror})"
+        raise RunError(f"{reason}; choose another --workdir") from error
+    if (workdir / CONFIG).exists():
+        changes = differing_keys(read_json(workdir / CONFIG), dict(content))
+        if changes:
+            raise RunError(
+                f"the workdir {workdir} belongs to a run with another config; choose another --workdir. "
+                f"Changed: {'; '.join(changes)}"
+            )
+    elif (workdir / "checkpoints").exists():
+        raise RunError(f"the workdir {workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+
+
+def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
+    """Freeze the config of a run into its workdir."""
+    write_json(workdir / CONFIG, content)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of everything that computes, and the commit of this code where it is in a checkout."""
+    packages = ("gompertz-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        tracked = git("ls-files", Path(__file__).name)
+        if not tracked:
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,44 @@
+"""A workdir belongs to one config, and says what computed in it."""
+
+import re
+
+import pytest
+from helpers import tiny_config
+
+from gompertz_jax.training import workdir as room
+from gompertz_jax.training.errors import RunError
+
+
+def test_a_frozen_config_equals_its_json():
+    config = tiny_config()
+    assert room.frozen(config) == room.frozen(tiny_config())
+    assert room.frozen(config)["recipe"]["boundaries"] == [150, 180, 210]
+
+
+def test_a_workdir_belongs_to_its_config(tmp_path):
+    content = room.frozen(tiny_config())
+    room.check_workdir(tmp_path / "run", content)
+    room.claim_workdir(tmp_path / "run", content)
+    room.check_workdir(tmp_path / "run", room.frozen(tiny_config(**{"logging.every_steps": 3, "checkpoint.keep": 5})))
+    with pytest.raises(RunError, match=re.escape("student.model: 'resnet8' -> 'resnet14'")):
+        room.check_workdir(tmp_path / "run", room.frozen(tiny_config(**{"student.model": "resnet14"})))
+
+
+def test_checkpoints_without_a_config_and_unreadable_configs_are_refused(tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunError, match="checkpoints but no config"):
+        room.check_workdir(tmp_path / "a", {})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        room.check_workdir(tmp_path / "b", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written"):
+        room.check_workdir(tmp_path / "file" / "run", {})
+
+
+def test_provenance_names_versions_device_and_commit():
+    found = room.provenance()
+    assert {"jax", "flax", "optax", "ott-jax", "orbax-checkpoint", "python"} <= found["versions"].keys()
+    assert found["device"].endswith(" x 1")
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found["commit"])
