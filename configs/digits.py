@@ -18,7 +18,7 @@ def get_config():
     config.teacher.min_accuracy = 0.9
     config.student.model = "resnet8"
     config.objective.terms.gradient.pool = 2  # 4x4 windows would leave four values of an 8x8 image
-    for recipe, epochs in ((config.teacher.recipe, 20), (config.recipe, 30)):
+    for recipe, epochs in ((config.teacher.recipe, 30), (config.recipe, 60)):
         recipe.epochs = epochs
         recipe.batch_size = 64
         recipe.learning_rate = 0.05

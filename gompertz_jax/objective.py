@@ -172,8 +172,8 @@ def gompertz_objective(
     curve: Schedule | None = None,
     soft_target_weight: float = 1.0,
     temperature: float = 4.0,
-    wasserstein_weight: float = 1.0,
-    gradient_weight: float = 1.0,
+    wasserstein_weight: float = 4.0,
+    gradient_weight: float = 0.7,
     label_smoothing: float = 0.0,
 ) -> Objective:
     """The whole objective `CE + G [a T^2 KL + b W + c M]` under one curve G (our reconstruction).
@@ -183,8 +183,9 @@ def gompertz_objective(
       curve: G, step -> weight; the default is `gompertz_schedule(total_steps)`.
       soft_target_weight: a.
       temperature: T of the soft targets.
-      wasserstein_weight: b.
-      gradient_weight: c.
+      wasserstein_weight: b; the default gives W's gradient about 0.3 times the norm of the cross-entropy's at mid-run
+        of `configs/cifar10_small.py`.
+      gradient_weight: c; likewise, about 0.1 times.
       label_smoothing: of the cross-entropy.
 
     Returns:

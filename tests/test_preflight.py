@@ -51,7 +51,7 @@ def test_reference_pair_is_described_without_compiling_anything():
         "mobilenetv2, 812,836 parameters, 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2",
         "student 1280@2 -> teacher 2048@4 by projection 'last', 2,625,536 parameters",
         "100 of 64 images, 50 a dispatch",
-        "weight at 0, 25, 50, 75, 100 %: 0.00674",
+        "kd           weight at 0, 25, 50, 75, 100 %: 0.00674",
         "MiB",
     ):
         assert part in text

@@ -77,6 +77,8 @@ def get_default() -> Config:
             "recipe": get_recipe() | {"projection_rate": 1.0},  # projections: factor on the learning rate
             "objective": {
                 "curve": "gompertz(displacement=5, rate=8)",
+                # The weights of transport and gradients were measured once on training images and then frozen: see
+                # configs/cifar10_small.py.
                 # NAME: the loss, its weight and its options. Weights, temperature and epsilon are schedules in text:
                 # a number, a curve such as "linear(start=8, end=2)", `curve` for the one above, or a product of these.
                 "terms": {
@@ -84,12 +86,12 @@ def get_default() -> Config:
                     "kd": {"loss": "soft_targets", "weight": "1 * curve", "temperature": "4"},
                     "wasserstein": {
                         "loss": "wasserstein",
-                        "weight": "1 * curve",
+                        "weight": "4 * curve",
                         "projection": "last",
                         "epsilon": "0.05",
                         "debiased": False,
                     },
-                    "gradient": {"loss": "gradient_match", "weight": "1 * curve", "pool": 4, "kind": "cosine"},
+                    "gradient": {"loss": "gradient_match", "weight": "0.7 * curve", "pool": 4, "kind": "cosine"},
                 },
                 # NAME: which stages a projection joins; -1 is the map that is pooled
                 "projections": {"last": {"student_stage": -1, "teacher_stage": -1}},

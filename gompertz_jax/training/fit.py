@@ -4,7 +4,7 @@ The order of things, which resuming relies on:
 
 1. A dispatch is issued before the metrics of the one before it are read: the device never waits for the host.
 2. Metrics up to step n are on disk before the checkpoint of step n counts.
-3. The best weights so far are part of the checkpoint; validation decides, and the earlier of two equals stays.
+3. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
 """
 
 import time
@@ -197,7 +197,7 @@ def fit(
                 if evaluate is not None:
                     correct, line = evaluate(_evaluated(network, state))
                     progress.validation_accuracy = line["accuracy"]
-                    if correct > int(best.correct):
+                    if correct >= int(best.correct):
                         best = Best.of(state, correct)
                 if config.logging.term_gradients:
                     batches = (batch_of(arrays, state.step + n) for n in range(config.logging.term_gradients))
