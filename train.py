@@ -17,8 +17,8 @@ flags.mark_flag_as_required("config")
 def parse(arguments: list[str]) -> list[str]:
     """Parse flags; a key that the config does not have is told in one line."""
     try:
-        return flags.FLAGS(arguments)
-    except (AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, OSError) as error:
         sys.exit(f"error: --config: {' '.join(str(error).split())}")
 
 
@@ -27,9 +27,11 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax reports every phase of every save; the run says what it saved
     if arguments[1:]:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    if not file.is_file():
+        sys.exit(f"error: --config: there is no file {file}; the experiments that come with this are in configs/")
     try:
-        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{file.stem}")
     except RunError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -16,10 +16,10 @@ def result_card(result: Mapping[str, Any], workdir: Path) -> str:
       A few lines of text.
     """
     timing = result["timing"]
-    best = result["test_accuracy_best"]
+    best, teacher = result["test_accuracy_best"], result["teacher"]
     rows = [
         ("data", f"{result['dataset']}, seed {result['seed']}, {result['steps']:,} steps"),
-        ("teacher", f"{result['teacher']:<22} test accuracy {result['teacher_test_accuracy']:.2%}"),
+        ("teacher", f"{teacher:<22} test accuracy {result['teacher_test_accuracy']:.2%}" if teacher else ""),
         ("student", f"{result['student']:<22} test accuracy {result['test_accuracy_last']:.2%} (last step)"),
         ("", f"{'':<22} {'':<13} {best:.2%} (best by validation)" if best is not None else ""),
         (

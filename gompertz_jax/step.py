@@ -55,7 +55,7 @@ def init_state(
     student: Network,
     optimizer: optax.GradientTransformation,
     objective: Objective,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     *,
     teacher: Network | None = None,
     key: Array | None = None,
@@ -96,7 +96,7 @@ def init_state(
     )
 
 
-def output_shapes(network: Network, image_shape: tuple[int, int, int], *, batch_size: int = 1) -> Outputs:
+def output_shapes(network: Network, image_shape: tuple[int, ...], *, batch_size: int = 1) -> Outputs:
     """Shapes and dtypes of a network's outputs, without computing or compiling anything."""
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     return jax.eval_shape(lambda network, images: network.forward(images, train=False)[0], network, images)

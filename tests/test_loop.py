@@ -96,11 +96,11 @@ def test_a_trained_network_teaches_another_run(finished, tmp_path):
     assert student["evaluated_weights"] == "moving average"
 
 
-def test_a_student_alone_and_a_batch_beyond_the_data(finished, tmp_path):
-    workdir, _ = finished
+def test_a_student_alone_needs_no_teacher_and_a_batch_must_fit_the_data(tmp_path):
     off = {f"objective.terms.{term}.weight": "0" for term in ("kd", "wasserstein", "gradient")}
-    changes = off | {"teacher.dir": str(workdir / "teacher"), "recipe.epochs": 1}
-    loop.train_and_evaluate(tiny_config(**changes), tmp_path / "alone")
+    alone = loop.train_and_evaluate(tiny_config(**off, **{"recipe.epochs": 1}), tmp_path / "alone")
+    assert alone["teacher"] is alone["teacher_test_accuracy"] is None
+    assert not (tmp_path / "alone" / "teacher").exists()
     assert "kd/raw" not in metrics_of(tmp_path / "alone")[0]
     with pytest.raises(RunError, match="batch_size = 5000 exceeds"):
         loop.train_and_evaluate(tiny_config(**{"recipe.batch_size": 5000}), tmp_path / "large")
@@ -112,6 +112,8 @@ def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path)
     with pytest.raises(RunError, match=r"was not finite at step \d+"):
         loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert None in metrics_of(tmp_path / "run")[-1].values()  # the failing step itself is on record, and nothing after
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(len(metrics_of(tmp_path / "run"))))
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
@@ -129,36 +131,29 @@ train_and_evaluate(tiny_config(), sys.argv[1])
 """
 
 
-def start(workdir):
+def start(workdir, log):
     command = [sys.executable, "-c", RUN_TINY, str(workdir), str(ROOT / "tests")]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def test_killed_runs_end_with_the_numbers_of_an_uninterrupted_one(finished, tmp_path):
-    """SIGKILL while the teacher trains, while it is saved, while the student trains, and anywhere."""
+    """SIGKILL while the teacher trains, after it was saved, while the student trains, after it was saved."""
     whole, result = finished
-    workdir = tmp_path / "killed"
+    workdir, log_path = tmp_path / "killed", tmp_path / "log"
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
-    moments = [
-        workdir / "teacher" / "metrics.jsonl",
-        workdir / "teacher" / "checkpoints" / "14",
-        workdir / "metrics.jsonl",
-        workdir / "checkpoints" / "14",
-    ]
+    moments = ["teacher/metrics.jsonl", "teacher/checkpoints/15", "metrics.jsonl", "checkpoints/15"]
     kills = 0
-    for moment in moments:
-        process = start(workdir)
-        deadline = time.monotonic() + 240
-        while not moment.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is None:
+    with log_path.open("w") as log:
+        for moment in moments:
+            process = start(workdir, log)
+            deadline = time.monotonic() + 240
+            while not (workdir / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
-            kills += 1
-        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read()
-    assert kills >= 3
-    process = start(workdir)
-    assert process.wait(timeout=240) == 0, process.stderr.read()
+            kills += process.wait() == -signal.SIGKILL
+        assert kills >= 3, log_path.read_text()
+        assert start(workdir, log).wait(timeout=240) == 0, log_path.read_text()
     resumed = json.loads((workdir / "result.json").read_text())
     assert without_timing(resumed) == without_timing(result)
     assert metrics_of(workdir) == metrics_of(whole)
@@ -192,6 +187,7 @@ def test_train_py_runs_from_the_command_line(finished, tmp_path):
         (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
         (["--config.teacher.dir=/nowhere"], "holds no trained network"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--config=nowhere.py"], "there is no file nowhere.py"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(tmp_path, arguments, message):

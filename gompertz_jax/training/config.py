@@ -233,23 +233,18 @@ def build_objective(config: Config, total_steps: int) -> Objective:
             if not (np.isfinite(values) & (values > 0)).all():
                 step = int(np.argmin(np.isfinite(values) & (values > 0)))
                 raise RunError(f"{where}.{key} = {text!r} is {values[step]:g} at step {step}; it must stay above 0")
-        if options.get("projection", "last") not in config.objective.projections and "projection" in legal:
+        if "projection" in legal and options.setdefault("projection", "last") not in config.objective.projections:
+            known = ", ".join(config.objective.projections) or "none"
             raise RunError(
-                f"{where}.projection = {options.get('projection', 'last')!r} is not among objective.projections: "
-                f"{', '.join(config.objective.projections) or 'none'}"
+                f"{where}.projection = {options['projection']!r} is not among objective.projections: {known}"
             )
         if loss_name == "cross_entropy":
             options.setdefault("label_smoothing", config.recipe.label_smoothing)
         built.append(Term(name, weight, partial(loss, **options), scheduled, distils=loss_name != "cross_entropy"))
     if not built:
         raise RunError("objective.terms: every weight is 0, so there is nothing to learn; give one term a weight")
-    used = {term.loss.keywords.get("projection", "last") for term in built if "projection" in _parameters(term.loss)}
-    projections = {name: Projection(**config.objective.projections[name]) for name in sorted(used)}
-    return Objective(tuple(built), projections)
-
-
-def _parameters(loss: partial) -> list[str]:
-    return list(inspect.signature(loss.func).parameters)
+    used = sorted({term.loss.keywords["projection"] for term in built if "projection" in term.loss.keywords})
+    return Objective(tuple(built), {name: Projection(**config.objective.projections[name]) for name in used})
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -112,7 +112,6 @@ def fit(
     network: Network,
     objective: Objective,
     teacher: Network | None,
-    dataset: Dataset,
     data: DeviceData,
     seed: int,
 ) -> Fitted:
@@ -127,8 +126,7 @@ def fit(
       network: with its initial weights.
       objective: what is minimised.
       teacher: None when no term distils.
-      dataset: for the image shape.
-      data: the same on the device.
+      data: training and validation images on the device.
       seed: of data order, augmentation and projections.
 
     Returns:
@@ -145,7 +143,7 @@ def fit(
         network,
         optimizer,
         objective,
-        dataset.train.images.shape[1:],
+        data.images.shape[1:],
         teacher=teacher,
         key=jax.random.fold_in(jax.random.key(seed), PROJECTIONS),
         moving_average=average is not None,
@@ -338,11 +336,16 @@ class MetricsReader:
             self._clock.step_seconds += elapsed
             self._clock.images += steps * self._batch_size
         self._compiled = True
-        self._refuse_failure(metrics)
-        for index in np.flatnonzero(metrics["step"] % self._every_steps == 0):
+        failed = metrics["failed_term"] != HEALTHY
+        # Steps after a failure change nothing and say nothing new; the failing one itself is told.
+        told = np.cumsum(failed) <= 1
+        for index in np.flatnonzero(told & ((metrics["step"] % self._every_steps == 0) | failed)):
             values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
             line = {"step": values.pop("step"), "split": "train", **values}
             self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
+        if failed.any():
+            self._writer.commit()
+            raise self._failure(int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1]))
         self._progress.update(
             int(metrics["step"][-1]) + 1,
             loss=float(metrics["loss"][-1]),
@@ -350,14 +353,9 @@ class MetricsReader:
             images_per_second=images_per_second,
         )
 
-    def _refuse_failure(self, metrics: Mapping[str, np.ndarray]) -> None:
-        failed, step = int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1])
-        if failed == HEALTHY:
-            return
-        terms = [f"the term {term.name!r}" for term in self._objective.terms]
-        what = [*terms, "the gradient"][failed]
-        self._writer.commit()
-        raise RunError(
+    def _failure(self, failed: int, step: int) -> RunError:
+        what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient"][failed]
+        return RunError(
             f"{what} was not finite at step {step}; the update was refused and nothing of it saved. "
             "Lower the learning rate, set recipe.clip_norm, or look at that term in metrics.jsonl"
         )

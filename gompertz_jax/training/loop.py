@@ -4,10 +4,10 @@ Test images are read once, after the last step.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,9 +18,9 @@ from ..step import make_eval_step
 from . import config as config_module
 from . import preflight
 from .config import Config
-from .data import Dataset, Split, load
-from .fit import DeviceData, Plan, fit
-from .teacher import gate, load_network, network_from, read_card, save_network
+from .data import Dataset, load
+from .fit import DeviceData, Fitted, Plan, fit
+from .teacher import gate, load_network, network_from, network_shapes, read_card, save_network
 from .workdir import check_workdir, claim_workdir, frozen, provenance
 from .writer import read_json, read_metrics, write_json
 
@@ -59,40 +59,23 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objective = config_module.build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
-    student_shapes = jax.eval_shape(lambda: network_from(content["student"], dataset, seed=config.seed))
-    student_shapes = student_shapes.replace(mean=dataset.mean, std=dataset.std)
-    if config.teacher.dir:
-        teacher_shapes = load_network(Path(config.teacher.dir), abstract=True)
-    else:
-        teacher_shapes = jax.eval_shape(lambda: network_from(content["teacher"], dataset, seed=config.teacher.seed))
-        teacher_shapes = teacher_shapes.replace(mean=dataset.mean, std=dataset.std)
-        Plan.of(config.teacher.recipe, config, len(dataset.train.labels))
     print(
         preflight.describe(
-            config,
             dataset,
-            student=student_shapes,
-            teacher=teacher_shapes,
+            student=("student", content["student"], network_shapes(content["student"], dataset)),
+            teacher=("teacher", *teacher_shapes(config, content, dataset)) if distils else None,
             objective=objective,
             batch_size=config.recipe.batch_size,
             steps=plan.steps,
             steps_per_dispatch=plan.steps_per_dispatch,
-            label=str(workdir),
+            label=f"{workdir}, seed {config.seed}",
         ),
         flush=True,
     )
     claim_workdir(workdir, content)
 
     data = DeviceData.of(dataset)
-    if config.teacher.dir:
-        teacher, teacher_seconds = load_network(Path(config.teacher.dir)), 0.0
-        origin, teacher_name = config.teacher.dir, read_card(Path(config.teacher.dir))["model"]
-    else:
-        teacher, teacher_seconds = trained_teacher(config, dataset, data, workdir / "teacher")
-        origin, teacher_name = str(workdir / "teacher"), config.teacher.model
-    accuracy = gate(teacher, dataset, floor=config.teacher.min_accuracy, origin=origin)
-    print(f"teacher {teacher_name} of {origin}: {accuracy:.2%} of the held-out images", flush=True)
-
+    teacher = obtain_teacher(config, content, dataset, data, workdir) if distils else None
     fitted = fit(
         config,
         config.recipe,
@@ -101,32 +84,18 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         workdir=workdir,
         network=network_from(content["student"], dataset, seed=config.seed),
         objective=objective,
-        teacher=teacher if distils else None,
-        dataset=dataset,
+        teacher=teacher.network if teacher else None,
         data=data,
         seed=config.seed,
     )
-
-    test = dataset.test()
-    evaluate = make_eval_step()
-    test_data = jnp.asarray(test.images), jnp.asarray(test.labels)
-
-    def test_predictions(network: Network) -> np.ndarray:
-        return np.asarray(evaluate(network, *test_data).classes)
-
-    last, taught = test_predictions(fitted.last), test_predictions(teacher)
-    best = test_predictions(fitted.best) if fitted.best_accuracy is not None else None
     result = {
         "dataset": dataset.name,
-        "teacher": teacher_name,
+        "teacher": teacher.name if teacher else None,
         "student": config.student.model,
         "seed": config.seed,
         "steps": plan.steps,
-        "teacher_validation_accuracy": accuracy,
-        "teacher_test_accuracy": _accuracy(taught, test),
-        "test_accuracy_last": _accuracy(last, test),
-        "test_accuracy_best": None if best is None else _accuracy(best, test),
-        "test_agreement_last": float(np.mean(last == taught)),
+        "teacher_validation_accuracy": teacher.validation_accuracy if teacher else None,
+        **test_accuracies(fitted, teacher.network if teacher else None, dataset),
         "best_validation_accuracy": fitted.best_accuracy,
         "best_step": fitted.best_step,
         "evaluated_weights": "moving average" if config.recipe.moving_average else "as trained",
@@ -134,7 +103,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         **provenance(),
         "timing": {
             "train_seconds": round(fitted.seconds, 3),
-            "teacher_seconds": round(teacher_seconds, 3),
+            "teacher_seconds": round(teacher.seconds, 3) if teacher else 0.0,
             "images_per_second": round(fitted.images_per_second, 1),
         },
     }
@@ -145,11 +114,76 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     return result
 
 
-def trained_teacher(config: Config, dataset: Dataset, data: DeviceData, workdir: Path) -> tuple[Network, float]:
+def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset) -> dict[str, float | None]:
+    """Read the test images and evaluate both networks on them: the one place where a run does."""
+    test = dataset.test()
+    images, labels = jnp.asarray(test.images), jnp.asarray(test.labels)
+    evaluate = make_eval_step()
+
+    def classes(network: Network | None) -> np.ndarray | None:
+        return None if network is None else np.asarray(evaluate(network, images, labels).classes)
+
+    def agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
+        return None if a is None or b is None else float(np.mean(a == b))
+
+    last, taught = classes(fitted.last), classes(teacher)
+    best = classes(None if fitted.best_accuracy is None else fitted.best)
+    return {
+        "teacher_test_accuracy": agreement(taught, test.labels),
+        "test_accuracy_last": agreement(last, test.labels),
+        "test_accuracy_best": agreement(best, test.labels),
+        "test_agreement_last": agreement(last, taught),
+    }
+
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+class Teacher(NamedTuple):
+    """A network that passed the gate, and where it came from."""
+
+    network: Network
+    name: str
+    validation_accuracy: float
+    seconds: float
+
+
+def teacher_shapes(config: Config, content: Mapping[str, Any], dataset: Dataset) -> tuple[dict[str, Any], Network]:
+    """What will teach, for the pre-flight: its description, and a Network of shapes."""
+    if config.teacher.dir:
+        directory = Path(config.teacher.dir)
+        return read_card(directory), load_network(directory, abstract=True)
+    Plan.of(config.teacher.recipe, config, len(dataset.train.labels))
+    return content["teacher"], network_shapes(content["teacher"], dataset)
+
+
+def obtain_teacher(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: DeviceData, workdir: Path
+) -> Teacher:
+    """The teacher that the config names, loaded or trained, once it has passed the gate.
+
+    Raises:
+      RunError: it did not pass, or is not there.
+    """
+    if config.teacher.dir:
+        origin, seconds = Path(config.teacher.dir), 0.0
+        network, name = load_network(origin), read_card(origin)["model"]
+    else:
+        origin, name = workdir / "teacher", config.teacher.model
+        network, seconds = trained_teacher(config, content, dataset, data, origin)
+    accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin))
+    print(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images", flush=True)
+    return Teacher(network, name, accuracy, seconds)
+
+
+def trained_teacher(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: DeviceData, workdir: Path
+) -> tuple[Network, float]:
     """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
 
     Args:
       config: the whole experiment's.
+      content: the same, frozen.
       dataset: what it learns.
       data: the same on the device.
       workdir: a workdir of its own.
@@ -160,7 +194,6 @@ def trained_teacher(config: Config, dataset: Dataset, data: DeviceData, workdir:
     Raises:
       RunError: the workdir holds a teacher of another config.
     """
-    content = frozen(config)
     spec = content["teacher"]
     content = {
         "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy")},
@@ -182,7 +215,6 @@ def trained_teacher(config: Config, dataset: Dataset, data: DeviceData, workdir:
         network=network_from(spec, dataset, seed=config.teacher.seed),
         objective=student_alone(label_smoothing=recipe.label_smoothing),
         teacher=None,
-        dataset=dataset,
         data=data,
         seed=config.teacher.seed,
     )
@@ -204,7 +236,3 @@ def trained_teacher(config: Config, dataset: Dataset, data: DeviceData, workdir:
     write_json(workdir / TEACHER_RESULT, card)
     # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
     return load_network(workdir), card["timing"]["train_seconds"]
-
-
-def _accuracy(classes: np.ndarray, split: Split) -> float:
-    return float(np.mean(classes == split.labels))

@@ -1,6 +1,7 @@
 """What a run is about to do, said and checked from shapes alone before anything is compiled."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from ..network import Network, Outputs, PyTree
 from ..objective import Objective, Record, evaluate, init_projections, project
 from ..step import output_shapes
 from . import config as config_module
-from .config import Config
 from .data import Dataset
 from .errors import RunError
 
@@ -115,12 +115,14 @@ def count_parameters(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+Role = tuple[str, Mapping[str, Any], Network]  # "teacher" or "student", its description, its arrays or shapes
+
+
 def describe(
-    config: Config,
     dataset: Dataset,
     *,
-    student: Network,
-    teacher: Network | None,
+    student: Role,
+    teacher: Role | None,
     objective: Objective,
     batch_size: int,
     steps: int,
@@ -130,64 +132,59 @@ def describe(
     """The pre-flight's text. Networks may be arrays or shapes; nothing is computed or compiled.
 
     Raises:
-      RunError: as `check_network` and `check_projections`.
+      RunError: as `check_network`, `check_projections` and `check_terms`.
     """
-    student_shapes = check_network("student", student, dataset)
     validation = 0 if dataset.validation is None else len(dataset.validation.labels)
-    height, width, channels = dataset.train.images.shape[1:]
+    image_shape = dataset.train.images.shape[1:]
     rows = [
-        ("run", f"{label}, seed {config.seed}, {jax.default_backend()} x {jax.device_count()}, jax {jax.__version__}"),
+        ("run", f"{label}, {jax.default_backend()} x {jax.device_count()}, jax {jax.__version__}"),
         (
             "data",
             f"{dataset.name}: {len(dataset.train.labels):,} training images, {validation:,} held out, "
-            f"{dataset.num_classes} classes, {height}x{width}x{channels}",
+            f"{dataset.num_classes} classes, {'x'.join(map(str, image_shape))}",
         ),
     ]
-    teacher_shapes = None
-    if teacher is not None:
-        teacher_shapes = check_network("teacher", teacher, dataset)
-        rows.append(("teacher", _network_line(config.teacher, teacher, teacher_shapes)))
-        check_projections(objective, student_shapes, teacher_shapes)
-    check_terms(objective, student_shapes, teacher_shapes, (height, width, channels))
-    rows.append(("student", _network_line(config.student, student, student_shapes)))
+    shapes = {}
+    for role in (teacher, student):
+        if role is not None:
+            name, spec, network = role
+            shapes[name] = check_network(name, network, dataset)
+            parameters = f"{spec['model']}, {count_parameters(network.params):,} parameters"
+            rows.append((name, f"{parameters}, {stages(shapes[name])}, {spec['dtype']}"))
+    ours, theirs = shapes["student"], shapes.get("teacher")
     projections = {}
-    if teacher_shapes is not None:
-        projections, _ = jax.eval_shape(
-            lambda key: init_projections(objective, student_shapes, teacher_shapes, key), jax.random.key(0)
-        )
-        for name, projection in objective.projections.items():
-            ours = student_shapes.features[projection.student_stage].shape
-            theirs = teacher_shapes.features[projection.teacher_stage].shape
-            readers = [term.name for term in objective.terms if _reads(term, name)]
-            rows.append(
-                (
-                    "matched",
-                    f"{', '.join(readers)}: student {ours[3]}@{_size(ours)} -> teacher {theirs[3]}@{_size(theirs)} "
-                    f"by projection '{name}', {count_parameters(projections[name]):,} parameters",
-                )
-            )
+    if theirs is not None:
+        check_projections(objective, ours, theirs)
+        projections, _ = jax.eval_shape(lambda key: init_projections(objective, ours, theirs, key), jax.random.key(0))
+        rows += [("matched", text) for text in _matches(objective, ours, theirs, projections)]
+    check_terms(objective, ours, theirs, image_shape)
     for term in objective.terms:
         weights = config_module.sampled(term.weight, steps)
         corners = ", ".join(f"{weights[round(part * (steps - 1))]:.3g}" for part in (0, 0.25, 0.5, 0.75, 1))
         rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %: {corners}; mean {weights.mean():.3g}"))
     epochs = steps * batch_size / len(dataset.train.labels)
     rows.append(("steps", f"{steps:,} of {batch_size} images, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"))
-    memory = _memory(student, teacher, projections, dataset, batch_size)
+    memory = _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size)
     rows.append(("memory", f"about {memory / 2**20:,.0f} MiB (weights, optimiser, data, one step's activations)"))
     return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
 
 
-def _network_line(spec: Any, network: Network, shapes: Outputs) -> str:
-    return f"{spec.model}, {count_parameters(network.params):,} parameters, {stages(shapes)}, {spec.dtype}"
+def _matches(objective: Objective, student: Outputs, teacher: Outputs, projections: PyTree) -> Iterator[str]:
+    """Which stage is matched with which, for what, and at the price of how many parameters."""
+    for name, projection in objective.projections.items():
+        ours = student.features[projection.student_stage].shape
+        theirs = teacher.features[projection.teacher_stage].shape
+        readers = [
+            term.name for term in objective.terms if getattr(term.loss, "keywords", {}).get("projection") == name
+        ]
+        yield (
+            f"{', '.join(readers)}: student {ours[3]}@{_size(ours)} -> teacher {theirs[3]}@{_size(theirs)} "
+            f"by projection '{name}', {count_parameters(projections[name]):,} parameters"
+        )
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return str(shape[1]) if shape[1] == shape[2] else f"{shape[1]}x{shape[2]}"
-
-
-def _reads(term: Any, projection: str) -> bool:
-    options = getattr(term.loss, "keywords", {})
-    return options.get("projection") == projection
 
 
 def _memory(student: Network, teacher: Network | None, projections: PyTree, dataset: Dataset, batch_size: int) -> int:

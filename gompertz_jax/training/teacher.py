@@ -42,6 +42,12 @@ def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Net
         raise RunError(f"model {spec['model']!r} with options {dict(spec['options'])}: {error}") from error
 
 
+def network_shapes(spec: Mapping[str, Any], dataset: Dataset) -> Network:
+    """The same network as shapes, with its normalisation, for a pre-flight: nothing is drawn or compiled."""
+    shapes = jax.eval_shape(lambda: network_from(spec, dataset, seed=0))
+    return shapes.replace(mean=np.asarray(dataset.mean), std=np.asarray(dataset.std))
+
+
 def save_network(directory: Path, network: Network, spec: Mapping[str, Any], dataset: Dataset) -> None:
     """Save a trained network under `directory`: its arrays, then a card from which `load_network` rebuilds it."""
     save_arrays(directory / ARRAYS, {"params": network.params, "stats": network.stats})
