@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 PyTree = Any
 
@@ -64,9 +64,15 @@ class Network:
     std: Any
 
     def forward(
-        self, images: Float[Array, "batch height width channels"], *, train: bool, key: Array | None = None
+        self, images: Shaped[Array, "batch height width channels"], *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, PyTree]:
-        """Apply the network to common images in [0, 1], normalised by its own mean and std."""
+        """Apply the network to common images in [0, 1], normalised by its own mean and std.
+
+        Raises:
+          ValueError: the images are integers.
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
         images = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
         return self.apply(self.params, self.stats, images, train=train, key=key)
 

@@ -291,7 +291,8 @@ def measure_teacher(objective: Objective, stats: PyTree, teacher_features: Itera
       teacher_features: the teacher's `Outputs.features` in evaluation mode, batch by batch.
 
     Returns:
-      The statistics; sums are accumulated on the host in float64 over all batches and positions.
+      The statistics; sums are accumulated on the host in float64 over all batches and positions. No deviation is
+      smaller than a hundredth of the layer's root mean square one.
     """
     sums = {name: [0.0, 0.0, 0] for name in objective.projections}
     for features in teacher_features:
@@ -304,9 +305,10 @@ def measure_teacher(objective: Objective, stats: PyTree, teacher_features: Itera
     measured = {}
     for name, (total, squares, count) in sums.items():
         mean = total / count
-        # A channel that never fires has no scale of its own; it stays 0 after centring, whatever it is divided by.
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-        std = np.where(std > 1e-6, std, 1.0)
+        variance = np.maximum(squares / count - mean**2, 0.0)
+        # A channel that hardly ever fires would be blown up to thousands by its own scale, and rule the distance.
+        floor = 1e-2 * np.sqrt(variance.mean()) or 1.0
+        std = np.maximum(np.sqrt(variance), floor)
         measured[name] = {
             **stats[name],
             "teacher_mean": jnp.asarray(mean, jnp.float32),

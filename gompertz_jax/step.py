@@ -32,7 +32,8 @@ class TrainState(NamedTuple):
       projection_stats: their statistics, the teacher's channel statistics among them.
       opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
       average: exponential moving average of `(params, stats)`, or None.
-      failed_term: index of the term that was not finite (the number of terms: the gradient), else `HEALTHY`. Sticky.
+      failed_term: index of the term that was not finite, else `HEALTHY`; with n terms, n stands for the gradient and
+        n + 1 for the update. Sticky.
       failed_step: the step at which that happened, else `HEALTHY`.
     """
 
@@ -181,8 +182,9 @@ def make_train_step(
       make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
         `data` is the batch itself.
       steps_per_dispatch: steps that one call takes, by `lax.scan`.
-      seed: of the step's random keys: step n draws from `fold_in(key(seed), n)`, so a resume needs no saved key.
-      average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told).
+      seed: of the step's random keys: they are a function of it and the step, so a resume needs no saved key.
+      average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told). After t
+        steps it is at most (1 + t) / (10 + t), so that the initial weights are soon forgotten.
       logged_schedules: further step -> value functions to log, for instance the learning rate.
 
     Returns:
@@ -220,7 +222,7 @@ def make_train_step(
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = _step_key(seed, state.step)
         trainable = {"student": state.params, "projections": state.projections}
         raw, pull_back, aux = jax.vjp(
             lambda trainable: _raw_terms(
@@ -241,12 +243,12 @@ def make_train_step(
             opt_state=opt_state,
         )
         if average_decay is not None:
-            new = new._replace(
-                average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - average_decay)
-            )
+            decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
+            new = new._replace(average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - decay))
         gradient_norm = optax.tree.norm(gradient)
-        sound = jnp.append(jnp.isfinite(raw * aux.weights), jnp.isfinite(gradient_norm))
-        failed_term = jnp.where(sound.all(), HEALTHY, jnp.argmin(sound)).astype(jnp.int32)
+        terms_sound = jnp.isfinite(raw * aux.weights)
+        sound = jnp.concatenate([terms_sound, jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
+        failed_term = jnp.argmin(sound).astype(jnp.int32)
         accept = sound.all() & (state.failed_term == HEALTHY)
         newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
         kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, state)
@@ -291,7 +293,7 @@ def make_gradient_report(
 
     @jax.jit
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = _step_key(seed, state.step)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
@@ -308,6 +310,16 @@ def make_gradient_report(
         return metrics
 
     return report
+
+
+def _step_key(seed: int, step: Array) -> Array:
+    """The key of a step's losses; none of those that batches of the same seed are drawn from."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x7E), step)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 class Predictions(NamedTuple):

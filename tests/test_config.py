@@ -102,6 +102,9 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
         ("objective.terms.gradient.kind_", "l2", "is no option of gradient_match"),
         ("objective.terms.wasserstein.projection", "middle", "not among objective.projections"),
         ("objective.curve", "gompertz(displacement=-2)", "displacement"),
+        ("objective.curve", "gompertz(rate=x)", "must be numbers"),
+        ("objective.projections.last", {"student": -1}, "must have the integers"),
+        ("objective.terms.extra", 3, "must be a group of keys"),
     ],
 )
 def test_objectives_that_cannot_be_are_refused(key, value, message):
@@ -139,6 +142,12 @@ def test_an_objective_of_nothing_is_refused():
         ({"teacher.min_accuracy": 93.0}, "is a fraction"),
         ({"steps_per_dispatch": 0}, "steps_per_dispatch = 0"),
         ({"augment.padding": -1}, "augment.padding"),
+        ({"data.name": "cifar"}, "data.name = 'cifar'"),
+        ({"recipe.weight_decay": float("inf")}, "recipe.weight_decay = inf: must be finite"),
+        ({"recipe.projection_rate": -1.0}, "recipe.projection_rate"),
+        ({"seed": -1}, "seed = -1"),
+        ({"logging.term_gradients": -1}, "logging.term_gradients"),
+        ({"objective.curve": "gompetz()"}, "objective.curve"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(changes, message):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,34 @@ def test_metrics_hold_every_step_once_with_every_term_and_schedule(finished):
     held_out = [line for line in metrics_of(workdir) if line["split"] == "validation"]
     assert held_out[-1]["step"] == result["steps"]
     assert max(line["accuracy"] for line in held_out) == result["best_validation_accuracy"]
+
+
+def test_equal_seeds_of_teacher_and_student_give_different_weights_and_batches(finished):
+    """Also where both are the same network: nothing they have in common may come from the random numbers."""
+    workdir, result = finished
+    assert result["seed"] == result["config"]["teacher"]["seed"]
+    dataset = loop.load("digits", validation=100)
+    spec = result["config"]["student"]
+    seeds = result["seed"], loop.student_seed(result["seed"])
+    kernels = [jax.tree.leaves(loop.network_from(spec, dataset, seed=seed).params)[-1].ravel() for seed in seeds]
+    assert abs(np.corrcoef(*map(np.asarray, kernels))[0, 1]) < 0.2
+    images = [metrics_of(directory)[0]["ce/raw"] for directory in (workdir, workdir / "teacher")]
+    assert images[0] != images[1]
+
+
+def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir / "teacher", tmp_path / "teacher")
+    changes = {"teacher.dir": str(tmp_path / "teacher"), "recipe.epochs": 1}
+    loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    for name in ("network", "network.json"):
+        path = tmp_path / "teacher" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        source = workdir / name
+        shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
+    with pytest.raises(RunError, match="the teacher is not the one"):
+        loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys):

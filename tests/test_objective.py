@@ -149,7 +149,8 @@ def test_teacher_statistics_are_those_of_all_batches_together_and_survive_a_dead
     measured = room.measure_teacher(objective, stats, [(jnp.asarray(maps[:4]),), (jnp.asarray(maps[4:]),)])["last"]
     np.testing.assert_allclose(measured["teacher_mean"], maps.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(measured["teacher_std"][jnp.array([0, 2])], maps.std((0, 1, 2))[[0, 2]], rtol=1e-5)
-    assert measured["teacher_std"][1] == 1.0
+    floor = 1e-2 * np.sqrt(maps.var((0, 1, 2)).mean())
+    np.testing.assert_allclose(measured["teacher_std"][1], floor, rtol=1e-5)
 
 
 def test_teacher_maps_receive_no_gradient():

@@ -176,12 +176,23 @@ def test_a_step_that_is_not_finite_is_refused_and_named(poison):
     if poison == "image":
         b["image"] = b["image"].at[0, 0, 0, 0].set(jnp.inf)
     state, metrics = step(state, teacher, b)
-    named = [*(term.name for term in objective.terms), "gradient"][int(state.failed_term)]
+    named = [*(term.name for term in objective.terms), "gradient", "update"][int(state.failed_term)]
     assert named == {"teacher": "kd", "image": "ce", "weight": "kd"}[poison]
     assert state.failed_step == 0
     healthy = jax.tree.map(np.asarray, state)._replace(failed_term=before.failed_term, failed_step=before.failed_step)
     jax.tree.map(np.testing.assert_array_equal, healthy, before)
     np.testing.assert_array_equal(metrics["failed_term"], [int(state.failed_term)] * 3)
+
+
+def test_an_update_that_overflows_is_refused_although_its_gradient_is_finite():
+    huge = optax.chain(optax.scale(1e38), optax.scale(-1e38))
+    state, _, step = setup(gj.student_alone(), optimizer=huge)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = step(state, None, batch())
+    assert np.isfinite(metrics["gradient_norm"]).all()
+    assert int(state.failed_term) == 2  # one term, the gradient, the update
+    assert int(state.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), before)
 
 
 def test_failure_is_sticky_and_later_steps_change_nothing():
@@ -202,7 +213,8 @@ def test_moving_average_is_the_exponential_one_and_is_what_is_evaluated():
     expected = np.asarray(state.params["w"], np.float64)
     for seed in range(3):
         state, _ = step(state, None, batch(seed))
-        expected = 0.9 * expected + 0.1 * np.asarray(state.params["w"], np.float64)
+        decay = min(0.9, (2 + seed) / (11 + seed))  # short at first, so that the initial weights are forgotten
+        expected = decay * expected + (1 - decay) * np.asarray(state.params["w"], np.float64)
     np.testing.assert_allclose(state.evaluated()[0]["w"], expected, rtol=1e-5)
     assert not np.allclose(state.evaluated()[0]["w"], state.params["w"])
 

@@ -65,6 +65,11 @@ def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
     np.testing.assert_allclose(shapes.mean, [0.35])
 
 
+def test_fingerprints_tell_networks_apart():
+    one, same, other = (room.network_from(SPEC, dataset(), seed=seed) for seed in (3, 3, 4))
+    assert room.fingerprint(one) == room.fingerprint(same) != room.fingerprint(other)
+
+
 def test_what_is_no_network_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no trained network"):
         room.load_network(tmp_path)

@@ -26,7 +26,7 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
 
 def test_checkpoints_without_a_config_and_unreadable_configs_are_refused(tmp_path):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(RunError, match="checkpoints but no config"):
+    with pytest.raises(RunError, match="holds checkpoints but no config"):
         room.check_workdir(tmp_path / "a", {})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.json").write_text("{")

@@ -3,7 +3,7 @@
 import ast
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from .errors import RunError
 Config = Any  # an ml_collections.ConfigDict: what its keys hold is known to get_default, not to a type checker
 
 # Keys that may differ between the first start of a workdir and a later one: they change no number of the run.
-CHANGEABLE = ("data.data_dir", "logging", "checkpoint")
+CHANGEABLE = ("data.data_dir", "logging", "checkpoint", "teacher.min_accuracy")
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "cross_entropy": terms.cross_entropy,
@@ -56,7 +56,7 @@ def get_default() -> Config:
     """Every key of an experiment. Configs change values; unknown keys and other types are refused."""
     config: Config = ml_collections.ConfigDict(
         {
-            "seed": 0,  # student's weights, data order, augmentation
+            "seed": 0,  # the student's weights, data order, augmentation; nothing of it is the teacher's, also if equal
             "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits"
                 "data_dir": "",  # where TFDS keeps data sets; "": its own default
@@ -171,7 +171,10 @@ def parse_schedule(text: str, total_steps: int, *, curve: Schedule | None = None
             case ast.Call(func=ast.Name(id="matched"), args=[inner], keywords=[]):
                 return schedules.matched_constant(build(inner), total_steps)
             case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords) if name in _CURVES:
-                arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
+                try:
+                    arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
+                except ValueError:
+                    raise fail(f"the arguments of {name} must be numbers") from None
                 try:
                     return _CURVES[name](total_steps, **arguments)
                 except TypeError:
@@ -208,6 +211,8 @@ def build_objective(config: Config, total_steps: int) -> Objective:
     built = []
     for name, spec in sorted(config.objective.terms.items(), key=lambda item: (item[0] != "ce", item[0])):
         where = f"objective.terms.{name}"
+        if not isinstance(spec, ml_collections.ConfigDict):
+            raise RunError(f"{where} = {spec!r} must be a group of keys with a loss and a weight")
         options = spec.to_dict()
         if missing := {"loss", "weight"} - options.keys():
             raise RunError(f"{where} lacks {' and '.join(sorted(missing))}")
@@ -244,7 +249,16 @@ def build_objective(config: Config, total_steps: int) -> Objective:
     if not built:
         raise RunError("objective.terms: every weight is 0, so there is nothing to learn; give one term a weight")
     used = sorted({term.loss.keywords["projection"] for term in built if "projection" in term.loss.keywords})
-    return Objective(tuple(built), {name: Projection(**config.objective.projections[name]) for name in used})
+    projections = {}
+    for name in used:
+        spec = config.objective.projections[name]
+        stages = spec.to_dict() if isinstance(spec, ml_collections.ConfigDict) else {}
+        if stages.keys() != set(Projection._fields) or not all(isinstance(stage, int) for stage in stages.values()):
+            raise RunError(
+                f"objective.projections.{name} = {stages or spec!r} must have the integers student_stage, teacher_stage"
+            )
+        projections[name] = Projection(**stages)
+    return Objective(tuple(built), projections)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -266,9 +280,12 @@ def check_recipe(recipe: Config, where: str) -> None:
     require(recipe.weight_decay >= 0, "weight_decay", "must not be negative")
     require(recipe.clip_norm >= 0, "clip_norm", "must not be negative; 0 means no clipping")
     require(0 <= recipe.label_smoothing < 1, "label_smoothing", "must lie in [0, 1)")
+    if "projection_rate" in recipe:
+        require(recipe.projection_rate >= 0, "projection_rate", "must not be negative")
     require(0 <= recipe.moving_average < 1, "moving_average", "must lie in [0, 1); 0 means none")
     if recipe.decay == "multistep":
         boundaries = tuple(recipe.boundaries)
+        require(all(isinstance(epoch, int) for epoch in boundaries), "boundaries", "must be whole epochs")
         require(list(boundaries) == sorted(set(boundaries)), "boundaries", "must increase")
         beyond = [epoch for epoch in boundaries if not 0 < epoch < recipe.epochs]
         require(not beyond, "boundaries", f"{beyond} lie beyond training, which has {recipe.epochs} epochs")
@@ -278,7 +295,17 @@ def check_recipe(recipe: Config, where: str) -> None:
 def check(config: Config) -> None:
     """Refuse a config whose values cannot be right, before anything is loaded or computed."""
     from ..models import names
+    from .data import NAMES
 
+    for key, value in _leaves(config.to_dict()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"{key} = {value}: must be finite")
+    if config.data.name not in NAMES:
+        raise RunError(f"data.name = {config.data.name!r} is unknown; there are {', '.join(NAMES)}")
+    for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
+        if not 0 <= seed < 2**31:
+            raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")
+    build_objective(config, 1000)  # for its refusals; the true number of steps is known once the data are there
     check_recipe(config.recipe, "recipe")
     if not config.teacher.dir:
         check_recipe(config.teacher.recipe, "teacher.recipe")
@@ -297,12 +324,22 @@ def check(config: Config) -> None:
             raise RunError(f"{key} = {config[key]}: must be at least {least}")
     if config.logging.every_steps < 1:
         raise RunError(f"logging.every_steps = {config.logging.every_steps}: must be at least 1")
+    if config.logging.term_gradients < 0:
+        raise RunError(f"logging.term_gradients = {config.logging.term_gradients}: must not be negative; 0 means none")
     if config.checkpoint.keep < 1:
         raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
     if not 0 <= config.teacher.min_accuracy <= 1:
         raise RunError(f"teacher.min_accuracy = {config.teacher.min_accuracy}: is a fraction, in [0, 1]")
     if config.augment.padding < 0:
         raise RunError(f"augment.padding = {config.augment.padding}: must not be negative")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:

@@ -34,9 +34,10 @@ from .config import Config
 from .data import Dataset
 from .errors import RunError
 from .optim import learning_rate, make_optimizer
+from .teacher import fingerprint
 from .writer import MetricsWriter, Progress
 
-PROJECTIONS = 1  # folded into the seed, so that projections and weights draw from different keys
+PROJECTIONS = 0x50  # folded into the seed, so that projections, weights and batches draw from different keys
 
 
 class Plan(NamedTuple):
@@ -133,7 +134,7 @@ def fit(
       The trained network.
 
     Raises:
-      RunError: a term or gradient was not finite.
+      RunError: a term, the gradient or the update was not finite; or the teacher was exchanged since the last start.
     """
     started = time.monotonic()
     rate = learning_rate(recipe, steps_per_epoch=plan.steps_per_epoch)
@@ -167,11 +168,16 @@ def fit(
     gradient_report = make_gradient_report(network, objective, seed=seed)
     evaluate = Evaluator.of(data, teacher)
     arrays = (data.images, data.labels)
+    taught_by = None if teacher is None else fingerprint(teacher)
 
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         clock = Clock()
         if checkpoints.latest_step is not None:
             (state, best), record = checkpoints.restore((state, best))
+            if record["taught_by"] != taught_by:
+                raise RunError(
+                    f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir"
+                )
             clock = Clock(**record["timing"])
             print(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}", flush=True)
         elif teacher is not None and objective.projections:
@@ -205,7 +211,7 @@ def fit(
                     writer.write({"step": step, "split": "validation", **line})
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
-                checkpoints.save(step, (state, best), {"timing": clock.record()})
+                checkpoints.save(step, (state, best), {"timing": clock.record(), "taught_by": taught_by})
                 reader.restart()
 
     last = _evaluated(network, state)
@@ -354,8 +360,9 @@ class MetricsReader:
         )
 
     def _failure(self, failed: int, step: int) -> RunError:
-        what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient"][failed]
+        what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient", "the update"][failed]
         return RunError(
             f"{what} was not finite at step {step}; the update was refused and nothing of it saved. "
-            "Lower the learning rate, set recipe.clip_norm, or look at that term in metrics.jsonl"
+            "Look at that step in metrics.jsonl; a lower learning_rate or a clip_norm in the recipe, with another "
+            "--workdir, is the usual remedy"
         )

@@ -40,8 +40,11 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     Raises:
       RunError: something its user can change; mostly before any work is done.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
+    origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
     config_module.check(config)
+    if config.teacher.dir:
+        read_card(_teacher_directory(config))
     content = frozen(config)
     check_workdir(workdir, content)
     if (workdir / RESULT).exists():
@@ -82,11 +85,11 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         plan,
         label="student",
         workdir=workdir,
-        network=network_from(content["student"], dataset, seed=config.seed),
+        network=network_from(content["student"], dataset, seed=student_seed(config.seed)),
         objective=objective,
         teacher=teacher.network if teacher else None,
         data=data,
-        seed=config.seed,
+        seed=student_seed(config.seed),
     )
     result = {
         "dataset": dataset.name,
@@ -100,7 +103,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         "best_step": fitted.best_step,
         "evaluated_weights": "moving average" if config.recipe.moving_average else "as trained",
         "config": content,
-        **provenance(),
+        **origin,
         "timing": {
             "train_seconds": round(fitted.seconds, 3),
             "teacher_seconds": round(teacher.seconds, 3) if teacher else 0.0,
@@ -112,6 +115,15 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     write_json(workdir / RESULT, result)
     print(report.result_card(result, workdir), flush=True)
     return result
+
+
+def student_seed(seed: int) -> int:
+    """What the student's weights, batches and projections are drawn from.
+
+    Teachers draw from their seed itself. With equal seeds, which is the default, teacher and student would otherwise
+    begin with equal weights wherever their shapes agree, see the same batches, and look alike for no other reason.
+    """
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0] >> 1)
 
 
 def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset) -> dict[str, float | None]:
@@ -151,7 +163,7 @@ class Teacher(NamedTuple):
 def teacher_shapes(config: Config, content: Mapping[str, Any], dataset: Dataset) -> tuple[dict[str, Any], Network]:
     """What will teach, for the pre-flight: its description, and a Network of shapes."""
     if config.teacher.dir:
-        directory = Path(config.teacher.dir)
+        directory = _teacher_directory(config)
         return read_card(directory), load_network(directory, abstract=True)
     Plan.of(config.teacher.recipe, config, len(dataset.train.labels))
     return content["teacher"], network_shapes(content["teacher"], dataset)
@@ -166,7 +178,7 @@ def obtain_teacher(
       RunError: it did not pass, or is not there.
     """
     if config.teacher.dir:
-        origin, seconds = Path(config.teacher.dir), 0.0
+        origin, seconds = _teacher_directory(config), 0.0
         network, name = load_network(origin), read_card(origin)["model"]
     else:
         origin, name = workdir / "teacher", config.teacher.model
@@ -174,6 +186,10 @@ def obtain_teacher(
     accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin))
     print(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images", flush=True)
     return Teacher(network, name, accuracy, seconds)
+
+
+def _teacher_directory(config: Config) -> Path:
+    return Path(config.teacher.dir).expanduser()
 
 
 def trained_teacher(
@@ -203,7 +219,7 @@ def trained_teacher(
     if (workdir / TEACHER_RESULT).exists():
         return load_network(workdir), read_json(workdir / TEACHER_RESULT)["timing"]["train_seconds"]
     claim_workdir(workdir, content)
-    recipe = config.teacher.recipe
+    origin, recipe = provenance(), config.teacher.recipe
     plan = Plan.of(recipe, config, len(dataset.train.labels))
     print(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images", flush=True)
     fitted = fit(
@@ -227,7 +243,7 @@ def trained_teacher(
         "validation_accuracy": fitted.best_accuracy,
         "selected_step": fitted.best_step or plan.steps,
         "config": content,
-        **provenance(),
+        **origin,
         "timing": {
             "train_seconds": round(fitted.seconds, 3),
             "images_per_second": round(fitted.images_per_second, 1),

@@ -1,5 +1,6 @@
 """Trained networks on disk, and the gate that a teacher passes before the first step."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,14 @@ def load_network(directory: Path, *, abstract: bool = False) -> Network:
     return shapes.replace(**arrays, mean=jnp.asarray(card["mean"]), std=jnp.asarray(card["std"]))
 
 
+def fingerprint(network: Network) -> str:
+    """SHA-256 of a network's arrays: which teacher a student has been learning from."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(network):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> float:
     """Evaluate a teacher before the first step, and refuse one that is broken or weak.
 
@@ -147,7 +156,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> fl
     if accuracy < floor:
         raise RunError(
             f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, under the floor "
-            f"teacher.min_accuracy = {floor:.1%}: train a better one, or lower the floor"
+            f"teacher.min_accuracy = {floor:.1%}: lower the floor, or train a better one with another --workdir"
         )
     return accuracy
 

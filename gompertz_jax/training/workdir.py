@@ -43,8 +43,8 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
                 f"the workdir {workdir} belongs to a run with another config; choose another --workdir. "
                 f"Changed: {'; '.join(changes)}"
             )
-    elif (workdir / "checkpoints").exists():
-        raise RunError(f"the workdir {workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+    elif leftovers := [name for name in ("checkpoints", "network", "metrics.jsonl") if (workdir / name).exists()]:
+        raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
 
 
 def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
@@ -55,7 +55,12 @@ def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
 def provenance() -> dict[str, Any]:
     """Versions of everything that computes, and the commit of this code where it is in a checkout."""
     packages = ("gompertz-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+            versions[name] = None
     return {
         "versions": versions | {"python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
