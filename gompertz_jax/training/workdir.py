@@ -48,8 +48,9 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
 
 
 def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
-    """Freeze the config of a run into its workdir."""
-    write_json(workdir / CONFIG, content)
+    """Freeze the config of a run into its workdir, at its first start."""
+    if not (workdir / CONFIG).exists():
+        write_json(workdir / CONFIG, content)
 
 
 def provenance() -> dict[str, Any]:
