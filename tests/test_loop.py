@@ -77,10 +77,11 @@ def test_equal_seeds_of_teacher_and_student_give_different_weights_and_batches(f
     dataset = loop.load("digits", validation=100)
     spec = result["config"]["student"]
     seeds = result["seed"], loop.student_seed(result["seed"])
-    kernels = [jax.tree.leaves(loop.network_from(spec, dataset, seed=seed).params)[-1].ravel() for seed in seeds]
-    assert abs(np.corrcoef(*map(np.asarray, kernels))[0, 1]) < 0.2
-    images = [metrics_of(directory)[0]["ce/raw"] for directory in (workdir, workdir / "teacher")]
-    assert images[0] != images[1]
+    params = [loop.network_from(spec, dataset, seed=seed).params for seed in seeds]
+    kernels = [np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(p) if leaf.ndim == 4]) for p in params]
+    assert abs(np.corrcoef(*kernels)[0, 1]) < 0.05
+    losses = [metrics_of(directory)[0]["ce/raw"] for directory in (workdir, workdir / "teacher")]
+    assert losses[0] != losses[1]
 
 
 def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
