@@ -10,7 +10,7 @@ demo: $(VENV)/.run
 	$(VENV)/bin/python train.py --config configs/digits.py
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
