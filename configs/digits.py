@@ -23,5 +23,5 @@ def get_config():
         recipe.batch_size = 64
         recipe.learning_rate = 0.05
         recipe.warmup_epochs = 1.0
-    config.evaluate_every_epochs = 4
+    config.evaluate_every_epochs = 10  # rarely: so few held-out images often choose by chance
     return config
