@@ -4,6 +4,7 @@ Everything here is a pure function of arrays and a step, and needs none of the s
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -144,15 +145,12 @@ def _raw_terms(
         targets = jax.lax.stop_gradient(targets)
         maps = project(objective, trainable["projections"], state.projection_stats, outputs, targets)
         student_maps, teacher_maps, projection_stats = maps
-        record = Record(
-            labels=labels,
-            student=outputs,
+        record = replace(
+            record,
             teacher=targets,
             student_maps=student_maps,
             teacher_maps=teacher_maps,
-            student_pullback=record.student_pullback,
             teacher_pullback=lambda cotangent: jax.lax.stop_gradient(pull_teacher(cotangent)[0]),
-            key=term_key,
         )
     evaluation = evaluate(objective, record, state.step)
     predictions = outputs.logits.argmax(-1)
