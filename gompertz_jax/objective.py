@@ -40,6 +40,12 @@ class Record:
       student_pullback: cotangent of the student's logits `[B, K]` -> gradient at the images `[B, h, w, c]`. It shares
         the forward pass behind `student`, in training mode: BatchNorm's cross terms between images are included.
       teacher_pullback: the same of the teacher, in evaluation mode.
+      leading: `count -> (student logits, student pull-back, teacher pull-back)` of the first `count` images, by forward
+        passes of their own; the student's too is in evaluation mode there, on the running statistics.
+      per_image: makes `f(*arrays [B, ...], **scalars) -> [B]`, which treats every image alone, run on each device's
+        images without communication. As it stands, for one device: f itself.
+      whole_batch: makes a function of the same form that compares the images of the batch with each other run on the
+        global batch, gathered before and not inside.
       key: this step's random key, for losses that draw.
     """
 
@@ -50,6 +56,9 @@ class Record:
     teacher_maps: Mapping[str, Float[Array, "batch _ _ _"]] = field(default_factory=dict)
     student_pullback: Callable[..., Any] | None = None
     teacher_pullback: Callable[..., Any] | None = None
+    leading: Callable[[int], tuple[Array, Callable[..., Any], Callable[..., Any]]] | None = None
+    per_image: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    whole_batch: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     key: Any = None
 
 
@@ -62,6 +71,8 @@ class Term(NamedTuple):
       loss: `loss(record, **scheduled) -> [B]`, or `([B], {name: [B]})` with diagnostics to log.
       schedules: keyword arguments of `loss` that change over training, each a step -> value.
       distils: whether the term needs a teacher.
+      every_k_steps: the term is computed at steps divisible by k, and costs nothing at the others, where it is logged
+        as NaN. Its weight is not raised to make up for the steps without it: `k * curve` does that.
     """
 
     name: str
@@ -69,6 +80,7 @@ class Term(NamedTuple):
     loss: Callable[..., Any]
     schedules: Mapping[str, Schedule] = {}
     distils: bool = True
+    every_k_steps: int = 1
 
 
 class Projection(NamedTuple):
@@ -106,13 +118,34 @@ def soft_targets(record: Record, *, temperature: Any = 4.0) -> Float[Array, " ba
 
 
 def wasserstein(
-    record: Record, *, projection: str = "last", epsilon: Any = 0.05, debiased: bool = False
-) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
-    """Transport between the positions of both maps, per image; the cost is divided by the width (about 0 to 2)."""
+    record: Record, *, projection: str = "last", epsilon: Any = 0.05, debiased: bool = False, cloud: str = "image"
+) -> tuple[Float[Array, "..."], dict[str, Float[Array, "..."]]]:
+    """Transport between both maps; the cost is divided by the width (about 0 to 2).
+
+    Args:
+      record: the outputs; the projection's maps are used.
+      projection: which maps.
+      epsilon: see `sinkhorn_distance`.
+      debiased: likewise.
+      cloud: "image": the positions of one image's map, paired with the same image's. "batch": every image of the global
+        batch is one point, the mean over its positions; which image is which is then ignored.
+
+    Returns:
+      One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
+
+    Raises:
+      ValueError: `cloud` is neither.
+    """
     from .losses.wasserstein import sinkhorn_distance
 
     x, y = _clouds(record, projection)
-    distance, health = sinkhorn_distance(x, y, epsilon=epsilon, debiased=debiased, return_diagnostics=True)
+    if cloud not in ("image", "batch"):
+        raise ValueError(f"cloud must be 'image' or 'batch', got {cloud!r}")
+    transport = partial(sinkhorn_distance, debiased=debiased, return_diagnostics=True)
+    if cloud == "image":
+        distance, health = record.per_image(transport)(x, y, epsilon=epsilon)
+    else:
+        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), epsilon=epsilon)
     return distance, {
         "converged": health.converged.astype(distance.dtype),
         "iterations": health.iterations.astype(distance.dtype),
@@ -130,23 +163,41 @@ def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batc
     return gaussian_distance(*_clouds(record, projection))
 
 
-def gradient_match(record: Record, *, pool: int = 4, kind: str = "cosine") -> Float[Array, " batch"]:
+def gradient_match(record: Record, *, pool: int = 4, kind: str = "cosine", images: int = 0) -> Float[Array, " images"]:
     """Distance between both networks' input gradients of the score of the teacher's top class.
 
     Args:
-      record: the outputs; both pull-backs are used.
+      record: the outputs and pull-backs.
       pool: both gradients are average-pooled by `pool x pool` first: pixel gradients of independently trained networks
         hardly agree, coarse ones do.
       kind: see `gradient_distance`.
+      images: how many images of the batch are compared, its first ones; 0 for all. All share the training-mode forward
+        pass of the other terms; fewer are passed through the student once more, in evaluation mode.
 
     Returns:
-      One distance per image, `[B]`.
+      One distance per compared image.
+
+    Raises:
+      ValueError: `images` is negative or exceeds the batch.
     """
-    assert record.student_pullback is not None and record.teacher_pullback is not None
     logits = _teacher(record).logits
+    batch = logits.shape[0]
+    if not 0 <= images <= batch:
+        raise ValueError(f"images must lie in [0, {batch}], the batch, got {images}")
+    if images in (0, batch):
+        student_logits, student_pullback, teacher_pullback = (
+            record.student.logits,
+            record.student_pullback,
+            record.teacher_pullback,
+        )
+    else:
+        assert record.leading is not None
+        student_logits, student_pullback, teacher_pullback = record.leading(images)
+        logits = logits[:images]
+    assert student_pullback is not None and teacher_pullback is not None
     top = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    student = record.student_pullback(top.astype(record.student.logits.dtype))
-    teacher = record.teacher_pullback(top.astype(logits.dtype))
+    student = student_pullback(top.astype(student_logits.dtype))
+    teacher = teacher_pullback(top.astype(logits.dtype))
     return gradient_distance(pool_gradient(student, pool), pool_gradient(teacher, pool), kind=kind)
 
 

@@ -3,15 +3,20 @@
 Everything here is a pure function of arrays and a step, and needs none of the shell around it (files, flags, clocks).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
 
+from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
+from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Record, evaluate, init_projections, project
 from .schedules import Schedule
@@ -120,6 +125,7 @@ def _raw_terms(
     student: Network,
     objective: Objective,
     key: Array,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, " terms"], _Aux]:
     """Every term's batch mean as a function of what is trained; the student's forward pass runs once."""
     images, labels = batch["image"], batch["label"]
@@ -133,13 +139,31 @@ def _raw_terms(
     # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
     # once for all objectives, and shared between the loss and its input gradient where a term asks for one.
     _, pull_student, (outputs, stats) = jax.vjp(student_logits, images, has_aux=True)
-    record = Record(labels, outputs, student_pullback=lambda cotangent: pull_student(cotangent)[0], key=term_key)
+    record = Record(
+        labels,
+        outputs,
+        student_pullback=lambda cotangent: pull_student(cotangent)[0],
+        per_image=per_image(mesh),
+        whole_batch=whole_batch(mesh),
+        key=term_key,
+    )
     projection_stats = state.projection_stats
     if teacher is not None and any(term.distils for term in objective.terms):
 
         def teacher_logits(images: Array) -> tuple[Array, Outputs]:
             outputs, _ = teacher.forward(images, train=False)
             return outputs.logits, outputs
+
+        def leading(count: int) -> tuple[Array, Callable[..., Any], Callable[..., Any]]:
+            running = student.replace(params=trainable["student"], stats=jax.lax.stop_gradient(stats))
+            first = images[:count]
+            logits, pull_running = jax.vjp(lambda images: running.forward(images, train=False)[0].logits, first)
+            _, pull_first, _ = jax.vjp(teacher_logits, first, has_aux=True)
+            return (
+                logits,
+                lambda cotangent: pull_running(cotangent)[0],
+                lambda cotangent: jax.lax.stop_gradient(pull_first(cotangent)[0]),
+            )
 
         _, pull_teacher, targets = jax.vjp(teacher_logits, images, has_aux=True)
         targets = jax.lax.stop_gradient(targets)
@@ -151,6 +175,7 @@ def _raw_terms(
             student_maps=student_maps,
             teacher_maps=teacher_maps,
             teacher_pullback=lambda cotangent: jax.lax.stop_gradient(pull_teacher(cotangent)[0]),
+            leading=leading,
         )
     evaluation = evaluate(objective, record, state.step)
     predictions = outputs.logits.argmax(-1)
@@ -158,6 +183,85 @@ def _raw_terms(
     if record.teacher is not None:
         metrics["agreement"] = (predictions == record.teacher.logits.argmax(-1)).mean(dtype=jnp.float32)
     return evaluation.raw, _Aux(stats, projection_stats, metrics, evaluation.weights)
+
+
+class _Pull(NamedTuple):
+    """What the terms of one step say; those that were not computed are NaN in `raw` and in the metrics."""
+
+    computed: Bool[Array, " terms"]
+    raw: Float[Array, " terms"]
+    weights: Float[Array, " terms"]
+    gradient: PyTree
+    stats: PyTree
+    projection_stats: PyTree
+    metrics: Metrics
+
+
+def _make_pull(
+    student: Network, objective: Objective, skip_below: float, mesh: Mesh | None
+) -> Callable[[TrainState, Network | None, Batch, Array], _Pull]:
+    """The terms of a step and the gradient of their weighted sum; only the terms that this step has cost anything."""
+    terms = objective.terms
+
+    def pull(computed: tuple[bool, ...], state: TrainState, teacher: Network | None, batch: Batch, key: Array) -> _Pull:
+        present = tuple(term for term, on in zip(terms, computed, strict=True) if on)
+        raw, pull_back, aux = jax.vjp(
+            lambda trainable: _raw_terms(
+                trainable,
+                state,
+                teacher,
+                batch,
+                student=student,
+                objective=objective._replace(terms=present),
+                key=key,
+                mesh=mesh,
+            ),
+            {"student": state.params, "projections": state.projections},
+            has_aux=True,
+        )
+        (gradient,) = pull_back(aux.weights)
+        values = dict(zip((term.name for term in present), raw, strict=True))
+        weights = {f"{term.name}/weight": jnp.asarray(term.weight(state.step), jnp.float32) for term in terms}
+        return _Pull(
+            computed=jnp.asarray(computed),
+            raw=jnp.stack([values.get(term.name, jnp.float32(jnp.nan)) for term in terms]),
+            weights=jnp.stack(list(weights.values())),
+            gradient=gradient,
+            stats=aux.stats,
+            projection_stats=aux.projection_stats,
+            metrics=weights | aux.metrics,
+        )
+
+    # Which terms there are repeats with the least common multiple of their intervals.
+    period = math.lcm(*(term.every_k_steps for term in terms))
+    busy = [tuple(step % term.every_k_steps == 0 for term in terms) for step in range(period)]
+    idle = [tuple(on and not term.distils for term, on in zip(terms, row, strict=True)) for row in busy]
+    skips = skip_below > 0 and any(term.distils for term in terms)
+    variants = list(dict.fromkeys(busy + (idle if skips else [])))
+    if not all(any(row) for row in variants):
+        raise ValueError("some steps would have no term: give one that does not distil every_k_steps = 1")
+    if len(variants) == 1:
+        return partial(pull, variants[0])
+
+    def pull_variant(state: TrainState, teacher: Network | None, batch: Batch, key: Array) -> _Pull:
+        arguments = state, teacher, batch, key
+        whole = jax.eval_shape(partial(pull, (True,) * len(terms)), *arguments)
+        absent = {name: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for name, leaf in whole.metrics.items()}
+
+        def padded(computed: tuple[bool, ...], *arguments: Any) -> _Pull:
+            result = pull(computed, *arguments)
+            return result._replace(metrics=absent | result.metrics)
+
+        def variant_at(rows: list[tuple[bool, ...]]) -> Array:
+            return jnp.asarray([variants.index(row) for row in rows])[state.step % period]
+
+        variant = variant_at(busy)
+        if skips:
+            weights = jnp.stack([jnp.asarray(term.weight(state.step)) for term in terms if term.distils])
+            variant = jnp.where((jnp.abs(weights) < skip_below).all(), variant_at(idle), variant)
+        return jax.lax.switch(variant, [partial(padded, row) for row in variants], *arguments)
+
+    return pull_variant
 
 
 def make_train_step(
@@ -170,6 +274,8 @@ def make_train_step(
     seed: int = 0,
     average_decay: float | None = None,
     logged_schedules: Mapping[str, Schedule] | None = None,
+    skip_below: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Network | None, Any], tuple[TrainState, Metrics]]:
     """The compiled, donated training step of any objective.
 
@@ -184,18 +290,26 @@ def make_train_step(
       average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told). After t
         steps it is at most (1 + t) / (10 + t), so that the initial weights are soon forgotten.
       logged_schedules: further step -> value functions to log, for instance the learning rate.
+      skip_below: while the weights of all terms that distil are smaller than this, teacher and distillation are not
+        computed; the step is then that of the other terms alone, and the projections' running statistics rest. 0 never
+        skips. It costs the compilation of one more variant of the step.
+      mesh: devices to spread the batch over, with the one axis "data"; None for one device. State, teacher and metrics
+        are copied to all of them. Losses, BatchNorm and gradients are those of the global batch.
 
     Returns:
       `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
       objective without distillation; every metric is an array `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`,
       `gradient_norm`, `step` (the step they belong to), `failed_term`, `failed_step`, and per term `NAME/raw`,
-      `NAME/weight`, `NAME/weighted`. They come from the state before the update.
+      `NAME/weight`, `NAME/weighted`. They come from the state before the update. What was not computed at a step
+      (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
       later step returns the state unchanged.
 
     Raises:
-      ValueError: `steps_per_dispatch` below 1, or a term that distils and no teacher.
+      ValueError: `steps_per_dispatch` below 1, a negative `skip_below`, two terms of one name, a step without any term,
+        a mesh with other axes; when called, a term that distils and no teacher, a batch that does not divide by the
+        number of devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
@@ -212,40 +326,40 @@ def make_train_step(
     """
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, got {steps_per_dispatch}")
+    if not 0 <= skip_below < math.inf:
+        raise ValueError(f"skip_below must not be negative, got {skip_below}; 0 never skips")
     if len({term.name for term in objective.terms}) != len(objective.terms):
         raise ValueError(f"term names must differ, got {[term.name for term in objective.terms]}")
+    for term in objective.terms:
+        if term.every_k_steps < 1:
+            raise ValueError(f"every_k_steps must be at least 1, got {term.every_k_steps} for the term {term.name!r}")
+    check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
     logged = logged_schedules or {}
     student = student.replace(params=None, stats=None)
+    pull = _make_pull(student, objective, skip_below, mesh)
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
-        batch = batch_of(data, state.step)
-        key = _step_key(seed, state.step)
+        batch = spread_batch(batch_of(data, state.step), mesh)
+        pulled = pull(state, teacher, batch, _step_key(seed, state.step))
+        gradient = pulled.gradient
         trainable = {"student": state.params, "projections": state.projections}
-        raw, pull_back, aux = jax.vjp(
-            lambda trainable: _raw_terms(
-                trainable, state, teacher, batch, student=student, objective=objective, key=key
-            ),
-            trainable,
-            has_aux=True,
-        )
-        (gradient,) = pull_back(aux.weights)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
         trained: Any = optax.apply_updates(trainable, updates)
         new = state._replace(
             step=state.step + 1,
             params=trained["student"],
-            stats=aux.stats,
+            stats=pulled.stats,
             projections=trained["projections"],
-            projection_stats=aux.projection_stats,
+            projection_stats=pulled.projection_stats,
             opt_state=opt_state,
         )
         if average_decay is not None:
             decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
             new = new._replace(average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - decay))
         gradient_norm = optax.tree.norm(gradient)
-        terms_sound = jnp.isfinite(raw * aux.weights)
-        sound = jnp.concatenate([terms_sound, jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
+        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
+        sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
         failed_term = jnp.argmin(sound).astype(jnp.int32)
         accept = sound.all() & (state.failed_term == HEALTHY)
         newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
@@ -254,9 +368,9 @@ def make_train_step(
             failed_term=jnp.where(newly_failed, failed_term, state.failed_term),
             failed_step=jnp.where(newly_failed, state.step, state.failed_step),
         )
-        metrics = aux.metrics | {name: jnp.asarray(schedule(state.step)) for name, schedule in logged.items()}
+        metrics = pulled.metrics | {name: jnp.asarray(schedule(state.step)) for name, schedule in logged.items()}
         metrics |= {
-            "loss": jnp.dot(raw, aux.weights),
+            "loss": weighted.sum(),
             "gradient_norm": gradient_norm,
             "step": state.step,
             "failed_term": kept.failed_term,
@@ -270,11 +384,15 @@ def make_train_step(
             raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
-    return jax.jit(dispatch, donate_argnums=0)
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=_copied(mesh))
+
+
+def _copied(mesh: Mesh | None) -> NamedSharding | None:
+    return None if mesh is None else NamedSharding(mesh, COPIED)
 
 
 def make_gradient_report(
-    student: Network, objective: Objective, *, seed: int = 0
+    student: Network, objective: Objective, *, seed: int = 0, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Network | None, Batch], Metrics]:
     """How each term pulls on the student: gradient norms, and cosines with the first term's gradient.
 
@@ -282,20 +400,24 @@ def make_gradient_report(
       student: its `apply`, `mean` and `std`.
       objective: the first term is what the others are compared with (the cross-entropy).
       seed: as in `make_train_step`.
+      mesh: likewise.
 
     Returns:
       `report(state, teacher, batch) -> {"NAME/gradient_norm": scalar, "NAME/gradient_cosine": scalar}`: of the raw,
       unweighted terms, over the student's parameters. It costs one backward pass a term.
     """
+    check_mesh(mesh)
     student = student.replace(params=None, stats=None)
 
-    @jax.jit
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         key = _step_key(seed, state.step)
+        batch = spread_batch(batch, mesh)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
-            return _raw_terms(trainable, state, teacher, batch, student=student, objective=objective, key=key)
+            return _raw_terms(
+                trainable, state, teacher, batch, student=student, objective=objective, key=key, mesh=mesh
+            )
 
         raw, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
         gradients = [pull_back(row)[0] for row in jnp.eye(raw.size, dtype=raw.dtype)]
@@ -307,7 +429,7 @@ def make_gradient_report(
             metrics[f"{term.name}/gradient_cosine"] = inner / jnp.maximum(norm * norms[0], jnp.finfo(norm.dtype).tiny)
         return metrics
 
-    return report
+    return jax.jit(report, out_shardings=_copied(mesh))
 
 
 def _step_key(seed: int, step: Array) -> Array:
@@ -327,20 +449,25 @@ class Predictions(NamedTuple):
     cross_entropy: Float[Array, ""]
 
 
-def make_eval_step(*, batch_size: int = 500) -> Callable[[Network, Array, Array], Predictions]:
+def make_eval_step(
+    *, batch_size: int = 500, mesh: Mesh | None = None
+) -> Callable[[Network, Array, Array], Predictions]:
     """The compiled evaluation of a network on a whole split, in evaluation mode.
 
     Args:
-      batch_size: images a forward pass; results do not depend on it beyond rounding.
+      batch_size: images a forward pass, on a mesh the next multiple of its devices; results do not depend on it beyond
+        rounding.
+      mesh: devices to spread each pass over; see `make_train_step`.
 
     Returns:
       `evaluate(network, images, labels) -> Predictions`; images are uint8 or floats in [0, 1], `[N, h, w, c]`, any N.
     """
+    check_mesh(mesh)
+    devices = 1 if mesh is None else mesh.size
 
-    @jax.jit
     def evaluate_split(network: Network, images: Array, labels: Array) -> Predictions:
         count = images.shape[0]
-        size = min(batch_size, count)
+        size = -(-min(batch_size, count) // devices) * devices
         padding = -count % size
 
         def batches(a: Array) -> Array:
@@ -348,14 +475,14 @@ def make_eval_step(*, batch_size: int = 500) -> Callable[[Network, Array, Array]
             return padded.reshape(-1, size, *a.shape[1:])
 
         def one_batch(batch: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits = network.forward(as_unit_interval(batch[0]), train=False)[0].logits
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-            return logits.argmax(-1).astype(jnp.int32), loss
+            spread = spread_batch({"image": batch[0], "label": batch[1]}, mesh)
+            logits = network.forward(as_unit_interval(spread["image"]), train=False)[0].logits
+            return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, spread["label"])
 
         classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))
         return Predictions(classes.reshape(-1)[:count], losses.reshape(-1)[:count].mean())
 
-    return evaluate_split
+    return jax.jit(evaluate_split, out_shardings=_copied(mesh))
 
 
 def as_unit_interval(images: Array) -> Float[Array, "..."]:

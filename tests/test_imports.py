@@ -21,7 +21,8 @@ RULES = {
     "losses": (NUMERICAL, {"_numerics", "losses"}),
     "network": (NUMERICAL, {"_numerics"}),
     "objective": (NUMERICAL, {"_numerics", "schedules", "losses", "network"}),
-    "step": (NUMERICAL, {"_numerics", "schedules", "losses", "network", "objective"}),
+    "data_parallel": (NUMERICAL, set()),
+    "step": (NUMERICAL, {"_numerics", "schedules", "losses", "network", "objective", "data_parallel"}),
     "models": (None, {"_numerics", "network", "models"}),
 }
 

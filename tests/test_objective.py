@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax, softmax
 
 import gompertz_jax as gj
@@ -51,6 +52,23 @@ def test_wasserstein_term_takes_maps_of_different_size_and_is_per_channel():
     assert np.asarray(health["converged"]).all()
 
 
+def test_wasserstein_over_the_batch_is_the_assignment_of_images_whichever_is_which():
+    """At small epsilon, the exact assignment between the mean vectors of the images (SciPy), for any order of them."""
+    r = record()
+    x, y = (np.asarray(m["last"], np.float64).mean((1, 2)) for m in (r.student_maps, r.teacher_maps))
+    cost = ((x[:, None] - y) ** 2).sum(-1) / 10
+    # A plan that is a permutation has KL(P || ab) = ln n.
+    exact = cost[linear_sum_assignment(cost)].mean() + 1e-3 * cost.mean() * np.log(3)
+    value, health = room.wasserstein(r, epsilon=1e-3, cloud="batch")
+    np.testing.assert_allclose(value, exact, rtol=1e-4)
+    assert bool(health["converged"])
+    shuffled = record(student_maps=r.student_maps, teacher_maps={"last": r.teacher_maps["last"][jnp.array([2, 0, 1])]})
+    np.testing.assert_allclose(room.wasserstein(shuffled, epsilon=1e-3, cloud="batch")[0], value, rtol=1e-4)
+    assert abs(room.wasserstein(shuffled)[0].mean() - room.wasserstein(r)[0].mean()) > 1e-3
+    with pytest.raises(ValueError, match="cloud must be 'image' or 'batch', got 'both'"):
+        room.wasserstein(r, cloud="both")
+
+
 def test_gaussian_term_compares_moments_of_maps_of_different_size():
     r = record()
     x, y = (np.asarray(m["last"], np.float64).reshape(3, -1, 10) for m in (r.student_maps, r.teacher_maps))
@@ -73,6 +91,10 @@ def test_gradient_term_pulls_back_the_teachers_top_class():
     a, b = pooled(v), pooled(w)
     cosine = (a * b).sum(0) / np.linalg.norm(a, axis=0) / np.linalg.norm(b, axis=0)
     np.testing.assert_allclose(room.gradient_match(r, pool=2), 1 - cosine, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(room.gradient_match(r, pool=2, images=3), room.gradient_match(r, pool=2))
+    for images in (-1, 4):
+        with pytest.raises(ValueError, match=rf"images must lie in \[0, 3\], the batch, got {images}"):
+            room.gradient_match(r, pool=2, images=images)
 
 
 def test_a_term_that_needs_a_teacher_says_so():

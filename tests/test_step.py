@@ -1,5 +1,7 @@
 """The compiled step: its update, its metrics, its refusal of what is not finite."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,150 @@ def test_the_batch_is_made_inside_from_data_and_step():
         np.testing.assert_allclose(metrics["loss"][n], one["loss"][0], rtol=1e-5)
 
 
+def assert_same_training(state, other):
+    for field in ("params", "stats", "opt_state"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            getattr(state, field),
+            getattr(other, field),
+        )
+
+
+def test_a_term_every_k_steps_alternates_between_two_objectives_and_is_nan_in_between():
+    full = gj.gompertz_objective(20, wasserstein_weight=0.0)
+    sparse = gj.Objective((*full.terms[:2], full.terms[2]._replace(every_k_steps=3)))
+    without = gj.Objective(full.terms[:2])
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    state, teacher, step = setup(sparse, optimizer=optimizer, steps_per_dispatch=5)
+    state, metrics = step(state, teacher, batch())
+
+    expected, _, with_it = setup(full, optimizer=optimizer)
+    _, _, without_it = setup(without, optimizer=optimizer)
+    for n in range(5):
+        expected, one = (with_it if n % 3 == 0 else without_it)(expected, teacher, batch())
+        np.testing.assert_allclose(metrics["loss"][n], one["loss"][0], rtol=1e-5)
+    assert_same_training(state, expected)
+    np.testing.assert_array_equal(np.isnan(metrics["gradient/raw"]), [False, True, True, False, True])
+    np.testing.assert_array_equal(np.isnan(metrics["gradient/weighted"]), [False, True, True, False, True])
+    np.testing.assert_allclose(metrics["gradient/weight"], 0.7 * gj.gompertz_schedule(20)(np.arange(5)), rtol=1e-6)
+    assert (metrics["failed_term"] == -1).all()
+
+
+def test_steps_under_the_cutoff_equal_steps_of_weight_zero_and_never_touch_the_teacher():
+    """With a teacher whose logits are NaN nobody notices while it is skipped, and the first step with it is refused."""
+    jump = lambda step: jnp.where(step < 3, 1e-4, 1.0)  # noqa: E731
+    nothing = lambda step: jnp.where(step < 3, 0.0, 1.0)  # noqa: E731
+    results = []
+    for weight, cutoff in ((jump, 1e-3), (nothing, 0.0)):
+        terms_ = [term._replace(weight=weight) if term.distils else term for term in gj.gompertz_objective(9).terms]
+        objective = gj.Objective(tuple(terms_), {"last": gj.Projection()})
+        state, teacher, step = setup(
+            objective, optimizer=optax.sgd(0.1, momentum=0.9), steps_per_dispatch=3, skip_below=cutoff
+        )
+        first, metrics = step(state, teacher, batch())
+        results.append((jax.tree.map(np.asarray, first), metrics))
+        if cutoff:
+            assert np.isnan(metrics["kd/raw"]).all()
+            assert np.isnan(metrics["agreement"]).all()
+            broken = teacher.replace(params={**teacher.params, "b": jnp.full(CLASSES, jnp.nan)})
+            fresh, _, _ = setup(objective, optimizer=optax.sgd(0.1, momentum=0.9))
+            fresh, quiet = step(fresh, broken, batch())
+            assert int(fresh.step) == 3
+            np.testing.assert_array_equal(quiet["loss"], metrics["loss"])
+            stopped, _ = step(fresh, broken, batch())
+            assert (int(stopped.step), int(stopped.failed_step)) == (3, 3)
+        results[-1] += (step(first, teacher, batch())[1],)
+    (skipped, during, after), (zero, during_zero, after_zero) = results
+    assert_same_training(skipped, zero)
+    np.testing.assert_allclose(during["loss"], during_zero["loss"], rtol=1e-6)
+    np.testing.assert_allclose(after["loss"], after_zero["loss"], rtol=1e-5)
+
+
+def test_input_gradients_of_the_first_images_are_a_second_pass_in_evaluation_mode():
+    """On a network whose two modes differ: what is matched is the evaluation one, on the updated statistics."""
+
+    def apply(params, stats, images, *, train, key=None):
+        mean = images.mean(0) if train else stats["mean"]
+        hidden = jnp.tanh((images - mean).reshape(images.shape[0], -1) @ params["w"])
+        stats = {"mean": jax.lax.stop_gradient(0.5 * stats["mean"] + 0.5 * mean)} if train else stats
+        return gj.Outputs(hidden @ params["u"], (images,), hidden), stats
+
+    rng = np.random.default_rng(3)
+    student, teacher = (
+        gj.Network(
+            apply,
+            {
+                "w": jnp.asarray(rng.normal(size=(32, 5)) / 6, jnp.float32),
+                "u": jnp.asarray(rng.normal(size=(5, CLASSES)), jnp.float32),
+            },
+            {"mean": jnp.asarray(rng.uniform(size=SHAPE), jnp.float32)},
+            0.0,
+            1.0,
+        )
+        for _ in range(2)
+    )
+    term = gj.Term("gradient", gj.constant_schedule(1.0), partial(terms.gradient_match, pool=2, images=4))
+    objective, b = gj.Objective((term,)), batch()
+    state = gj.init_state(student, optax.sgd(1.0), objective, SHAPE, teacher=teacher)
+    before = jax.tree.map(jnp.copy, state.params)
+    new, metrics = gj.make_train_step(student, optax.sgd(1.0), objective)(state, teacher, b)
+
+    mean = 0.5 * student.stats["mean"] + 0.5 * b["image"].mean(0)
+    images = b["image"][:4]
+    top = teacher.forward(images, train=False)[0].logits.argmax(-1)
+
+    def expected(params):
+        running = student.replace(params=params, stats={"mean": mean})
+
+        def score(network):
+            return lambda images: jnp.take_along_axis(
+                network.forward(images, train=False)[0].logits, top[:, None], 1
+            ).squeeze(1)
+
+        pooled = [
+            gradient.reshape(4, 2, 2, 2, 2, 2).mean((2, 4)).reshape(4, -1)
+            for gradient in (gj.input_gradient(score(running), images), gj.input_gradient(score(teacher), images))
+        ]
+        ours, theirs = (flat / jnp.linalg.norm(flat, axis=1, keepdims=True) for flat in pooled)
+        return (1 - (ours * theirs).sum(1)).mean()
+
+    value, gradient = jax.value_and_grad(expected)(before)
+    np.testing.assert_allclose(metrics["gradient/raw"][0], value, rtol=1e-5)
+    jax.tree.map(
+        lambda old, new, g: np.testing.assert_allclose(old - new, g, rtol=1e-4, atol=1e-6), before, new.params, gradient
+    )
+
+
+def test_the_arithmetic_of_a_step_is_the_passes_that_its_terms_need():
+    """In forward passes F of the student and T of the teacher, as XLA counts the program's operations.
+
+    A backward pass is one F for the gradients of the maps and one for those of the kernels. Gradient matching adds one
+    input gradient of each network, and its derivative: with respect to what was passed back and to the kernels. On a
+    part of the batch the networks run again, without the student's second backward pass: in evaluation mode the input
+    gradient does not depend on the activations, but for their signs.
+    """
+    teacher = gj.models.create("resnet14", num_classes=CLASSES, key=jax.random.key(0))
+    student = gj.models.create("resnet8", num_classes=CLASSES, key=jax.random.key(1))
+    b = {"image": jnp.zeros((16, 16, 16, 3)), "label": jnp.zeros(16, jnp.int32)}
+    optimizer = optax.sgd(0.1)
+
+    def flops(objective):
+        state = gj.init_state(student, optimizer, objective, (16, 16, 3), teacher=teacher)
+        return gj.make_train_step(student, optimizer, objective).lower(state, teacher, b).cost_analysis()["flops"]
+
+    forward = jax.jit(lambda network: network.forward(b["image"], train=False)[0].logits)
+    F, T = (forward.lower(network).cost_analysis()["flops"] for network in (student, teacher))
+    ce, kd, gradient = gj.gompertz_objective(10, wasserstein_weight=0.0).terms
+    half = gradient._replace(loss=partial(terms.gradient_match, images=8))
+    for chosen, passes in (
+        ((ce,), 3 * F),
+        ((ce, kd), 3 * F + T),
+        ((ce, kd, gradient), 6 * F + 2 * T),
+        ((ce, kd, half), 3 * F + T + 0.5 * (4 * F + 2 * T)),
+    ):
+        np.testing.assert_allclose(flops(gj.Objective(chosen)), passes, rtol=0.04)
+
+
 @pytest.mark.parametrize("poison", ["teacher", "image", "weight"])
 def test_a_step_that_is_not_finite_is_refused_and_named(poison):
     objective = gj.gompertz_objective(20, wasserstein_weight=0.0, gradient_weight=0.0)
@@ -262,6 +408,18 @@ def test_mistakes_are_told_before_tracing():
         setup(twice)
     with pytest.raises(ValueError, match="pass teacher="):
         gj.init_state(linear_network(1), optax.sgd(0.1), gj.gompertz_objective(10), SHAPE)
+    with pytest.raises(ValueError, match="skip_below must not be negative, got -1"):
+        setup(gj.student_alone(), skip_below=-1.0)
+    ce, kd = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0).terms
+    with pytest.raises(ValueError, match="every_k_steps must be at least 1, got 0 for the term 'kd'"):
+        setup(gj.Objective((ce, kd._replace(every_k_steps=0))))
+    with pytest.raises(ValueError, match="some steps would have no term"):
+        setup(gj.Objective((ce._replace(every_k_steps=2), kd._replace(every_k_steps=3))))
+    with pytest.raises(ValueError, match="mesh must have one axis, 'data', got"):
+        setup(gj.student_alone(), mesh=jax.make_mesh((1,), ("batch",)))
+    with pytest.raises(ValueError, match="mesh must be made with axis_types="):
+        explicit = (jax.sharding.AxisType.Explicit,)
+        setup(gj.student_alone(), mesh=jax.make_mesh((1,), ("data",), axis_types=explicit))
     state, _, step = setup(gj.gompertz_objective(10))
     with pytest.raises(ValueError, match="need a teacher"):
         step(state, None, batch())

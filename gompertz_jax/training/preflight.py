@@ -16,16 +16,17 @@ from .data import Dataset
 from .errors import RunError
 
 
-def check_network(role: str, network: Network, dataset: Dataset) -> Outputs:
+def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
     """The shapes of a network's outputs on this data set's images.
 
     Args:
       role: "teacher" or "student", for messages.
       network: arrays or shapes.
       dataset: whose images and classes it must fit.
+      batch_size: of the shapes.
 
     Returns:
-      Outputs of shapes, for a batch of 1.
+      Outputs of shapes.
 
     Raises:
       RunError: the network cannot take the images, its classes are not the data's, or its normalisation is not one of
@@ -47,7 +48,7 @@ def check_network(role: str, network: Network, dataset: Dataset) -> Outputs:
             "divide both by 255 if it was measured on 0..255"
         )
     try:
-        shapes = output_shapes(network, (height, width, channels))
+        shapes = output_shapes(network, (height, width, channels), batch_size=batch_size)
     except Exception as error:
         raise RunError(
             f"the {role} cannot take images of {height}x{width}x{channels}: {str(error).splitlines()[0]}; "
@@ -94,8 +95,17 @@ def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None,
         def pull_back(cotangent: jax.Array) -> jax.Array:
             return jnp.zeros((len(cotangent), *image_shape))
 
-        labels = jnp.zeros(len(student.logits), jnp.int32)
-        return Record(labels, student, teacher, maps[0], maps[1], pull_back, pull_back, jax.random.key(0))
+        return Record(
+            jnp.zeros(len(student.logits), jnp.int32),
+            student,
+            teacher,
+            student_maps=maps[0],
+            teacher_maps=maps[1],
+            student_pullback=pull_back,
+            teacher_pullback=pull_back,
+            leading=lambda count: (student.logits[:count], pull_back, pull_back),
+            key=jax.random.key(0),
+        )
 
     for term in objective.terms:
         alone = Objective((term,), objective.projections)
@@ -127,9 +137,24 @@ def describe(
     batch_size: int,
     steps: int,
     steps_per_dispatch: int,
+    devices: int,
     label: str,
 ) -> str:
     """The pre-flight's text. Networks may be arrays or shapes; nothing is computed or compiled.
+
+    Args:
+      dataset: what is learnt.
+      student: who learns.
+      teacher: who teaches, if anybody does.
+      objective: what is minimised.
+      batch_size: images a step, over all devices.
+      steps: how many.
+      steps_per_dispatch: how many of them a dispatch takes.
+      devices: among which batches are divided, over all processes.
+      label: of the run.
+
+    Returns:
+      A few lines.
 
     Raises:
       RunError: as `check_network`, `check_projections` and `check_terms`.
@@ -137,7 +162,7 @@ def describe(
     validation = 0 if dataset.validation is None else len(dataset.validation.labels)
     image_shape = dataset.train.images.shape[1:]
     rows = [
-        ("run", f"{label}, {jax.default_backend()} x {jax.device_count()}, jax {jax.__version__}"),
+        ("run", f"{label}, {jax.default_backend()} x {devices}{_processes()}, jax {jax.__version__}"),
         (
             "data",
             f"{dataset.name}: {len(dataset.train.labels):,} training images, {validation:,} held out, "
@@ -148,7 +173,7 @@ def describe(
     for role in (teacher, student):
         if role is not None:
             name, spec, network = role
-            shapes[name] = check_network(name, network, dataset)
+            shapes[name] = check_network(name, network, dataset, batch_size=batch_size)
             parameters = f"{spec['model']}, {count_parameters(network.params):,} parameters"
             rows.append((name, f"{parameters}, {stages(shapes[name])}, {spec['dtype']}"))
     ours, theirs = shapes["student"], shapes.get("teacher")
@@ -163,10 +188,17 @@ def describe(
         corners = ", ".join(f"{weights[round(part * (steps - 1))]:.3g}" for part in (0, 0.25, 0.5, 0.75, 1))
         rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %: {corners}; mean {weights.mean():.3g}"))
     epochs = steps * batch_size / len(dataset.train.labels)
-    rows.append(("steps", f"{steps:,} of {batch_size} images, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"))
-    memory = _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size)
-    rows.append(("memory", f"about {memory / 2**20:,.0f} MiB (weights, optimiser, data, one step's activations)"))
+    share = f" ({batch_size // devices} a device)" if devices > 1 else ""
+    taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
+    rows.append(("steps", taken))
+    memory = _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size // devices)
+    what = "weights, optimiser, data, one step's activations"
+    rows.append(("memory", f"about {memory / 2**20:,.0f} MiB{' a device' if devices > 1 else ''} ({what})"))
     return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
+
+
+def _processes() -> str:
+    return f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
 
 
 def _matches(objective: Objective, student: Outputs, teacher: Outputs, projections: PyTree) -> Iterator[str]:

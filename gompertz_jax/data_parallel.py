@@ -1,0 +1,82 @@
+"""One program over a mesh of devices: each has a share of the batch and a copy of everything else.
+
+The step is written for one device. Under `jax.jit` XLA's partitioner makes the program of each device from it, once the
+batch is declared to be spread; means over the batch (losses, BatchNorm) become means over the global batch by
+themselves. What the partitioner would do badly is said here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AXIS = "data"
+SPREAD, COPIED = PartitionSpec(AXIS), PartitionSpec()
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Refuse a mesh that is not one axis called `data` that XLA's partitioner divides.
+
+    Raises:
+      ValueError: it has other axes, or of another type.
+    """
+    if mesh is None:
+        return
+    if mesh.axis_names != (AXIS,):
+        raise ValueError(f"mesh must have one axis, {AXIS!r}, got {mesh.axis_names}")
+    if mesh.axis_types != (AxisType.Auto,):
+        raise ValueError(f"mesh must be made with axis_types=(jax.sharding.AxisType.Auto,), got {mesh.axis_types}")
+
+
+def spread_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, Array]:
+    """Declare that a batch's leading axis is spread over the devices.
+
+    Raises:
+      ValueError: the batch does not divide by the number of devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return batch
+    for name, values in batch.items():
+        if values.shape[0] % mesh.size:
+            raise ValueError(
+                f"a batch of {values.shape[0]} ({name}) does not divide by {mesh.size} devices: "
+                f"take a multiple of {mesh.size}, or fewer devices"
+            )
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, SPREAD))
+
+
+def per_image(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What runs a function of per-image arrays on each device's images alone; see `Record.per_image`.
+
+    The partitioner would gather the whole batch for a loop over its images, or meet in every iteration to ask whether
+    all of them are done.
+    """
+    return _mapped(mesh, SPREAD)
+
+
+def whole_batch(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What runs a function on the gathered batch, the same on every device; see `Record.whole_batch`."""
+    return _mapped(mesh, COPIED)
+
+
+def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    if mesh is None or mesh.size == 1:
+        return lambda function: function
+
+    def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arrays: Array, **scalars: Any) -> Any:
+            traced = {name: value for name, value in scalars.items() if isinstance(value, jax.Array)}
+            fixed = {name: value for name, value in scalars.items() if name not in traced}
+            return jax.shard_map(
+                lambda arrays, traced: function(*arrays, **traced, **fixed),
+                mesh=mesh,
+                in_specs=(spec, COPIED),
+                out_specs=spec,
+                check_vma=False,  # loops that start from constants, such as OTT's, do not pass that check
+            )(arrays, traced)
+
+        return run
+
+    return mapped
