@@ -1,5 +1,23 @@
 """The discipline of the whole suite: annotated shapes and dtypes of every call are checked (jaxtyping, beartype)."""
 
+import os
+import shutil
+import tempfile
+
 from jaxtyping import install_import_hook
 
 install_import_hook("gompertz_jax", "beartype.beartype")
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """One cache of compiled programs for all workers and the processes they start; runs compile the same few again."""
+    if _CACHE not in os.environ:
+        config.gompertz_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="gompertz_jax_tests_")
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "gompertz_cache"):
+        shutil.rmtree(config.gompertz_cache, ignore_errors=True)
+        del os.environ[_CACHE]

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+from gompertz_jax import models
+from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.training.config import get_default
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +37,14 @@ def tiny_config(**changes):
         | changes
     )
     return config
+
+
+def smallest_networks():
+    """Two models with every layer of the real ones, a stem and a block: where compiling is what a test waits for."""
+    widths = {"smallest": 4, "smallest_wide": 8}
+    for name, width in widths.items():
+        models._RECIPES[name] = models._Recipe(partial(ResNet, BasicBlock, (1,), (4, width), stem="cifar"))
+    return tuple(widths)
 
 
 def train(*arguments, timeout=300, **options):

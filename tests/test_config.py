@@ -81,6 +81,7 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
     config.objective.terms.kd.temperature = "linear(start=8, end=2)"
     config.objective.terms.gradient.weight = "0"
     config.objective.terms.wasserstein.epsilon = "0.1"
+    config.objective.terms.wasserstein.every_k_steps = 3
     config.recipe.label_smoothing = 0.1
     objective = room.build_objective(config, 10)
     terms = {term.name: term for term in objective.terms}
@@ -88,6 +89,7 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
     np.testing.assert_allclose(terms["kd"].weight(5), 1.5)
     np.testing.assert_allclose(terms["kd"].schedules["temperature"](5), 5.0)
     np.testing.assert_allclose(terms["wasserstein"].schedules["epsilon"](5), 0.1, rtol=1e-6)
+    assert [terms[name].every_k_steps for name in ("ce", "kd", "wasserstein")] == [1, 1, 3]
     assert terms["ce"].loss.keywords == {"label_smoothing": 0.1}
     assert objective.projections == {"last": gj.Projection(-1, -1)}
 
@@ -105,6 +107,9 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
         ("objective.curve", "gompertz(rate=x)", "must be numbers"),
         ("objective.projections.last", {"student": -1}, "must have the integers"),
         ("objective.terms.extra", 3, "must be a group of keys"),
+        ("objective.terms.gradient.every_k_steps", 0, "every_k_steps = 0 must be a whole number of at least 1"),
+        ("objective.terms.kd.every_k_steps", 1.5, "every_k_steps = 1.5 must be a whole number"),
+        ("objective.terms.ce.every_k_steps", 2, "the cross-entropy is computed at every step"),
     ],
 )
 def test_objectives_that_cannot_be_are_refused(key, value, message):
@@ -148,6 +153,9 @@ def test_an_objective_of_nothing_is_refused():
         ({"seed": -1}, "seed = -1"),
         ({"logging.term_gradients": -1}, "logging.term_gradients"),
         ({"objective.curve": "gompetz()"}, "objective.curve"),
+        ({"objective.skip_below": -0.1}, "objective.skip_below = -0.1"),
+        ({"data.placement": "gpu"}, "data.placement = 'gpu': must be auto, device or host"),
+        ({"data.device_fraction": 25.0}, "data.device_fraction = 25.0: is a fraction"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(changes, message):

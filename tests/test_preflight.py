@@ -27,7 +27,7 @@ def network(model, data, **options):
     return shapes.replace(mean=options["mean"], std=options["std"])
 
 
-def describe(data, *, student="mobilenetv2", teacher="resnet50", **changes):
+def describe(data, *, student="mobilenetv2", teacher="resnet50", devices=1, **changes):
     config = tiny_config(**{"student.model": student, "teacher.model": teacher, **changes})
     objective = config_module.build_objective(config, 100)
     return preflight.describe(
@@ -38,6 +38,7 @@ def describe(data, *, student="mobilenetv2", teacher="resnet50", **changes):
         batch_size=64,
         steps=100,
         steps_per_dispatch=50,
+        devices=devices,
         label="here",
     )
 
@@ -94,11 +95,24 @@ def test_a_stage_that_is_not_there_is_refused():
     [
         ({"objective.terms.gradient.kind": "l3"}, "objective.terms.gradient cannot be computed: .*l3"),
         ({"objective.terms.gradient.pool": 5}, "objective.terms.gradient cannot be computed: .*5"),
+        ({"objective.terms.gradient.images": 65}, "objective.terms.gradient cannot be computed: .*65"),
+        ({"objective.terms.wasserstein.cloud": "none"}, "objective.terms.wasserstein cannot be computed: .*none"),
     ],
 )
 def test_a_term_that_cannot_be_computed_is_refused_by_name(changes, message):
     with pytest.raises(RunError, match=message):
         describe(dataset(), **changes)
+
+
+def test_a_part_of_the_batch_suffices_for_input_gradients():
+    assert "gradient" in describe(dataset(), **{"objective.terms.gradient.images": 64})
+    assert "gradient" in describe(dataset(), **{"objective.terms.gradient.images": 4})
+
+
+def test_what_each_of_several_devices_gets_is_told():
+    assert " x 8, jax" in (text := describe(dataset(), devices=8))
+    assert "100 of 64 images (8 a device), 50 a dispatch" in text
+    assert "MiB a device" in text
 
 
 def test_parameters_are_counted():

@@ -9,6 +9,7 @@ import gompertz_jax as gj
 from gompertz_jax.training import teacher as room
 from gompertz_jax.training.data import Dataset, Split
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.sharding import data_mesh
 
 SPEC = {"model": "resnet8", "options": {}, "dtype": "float32"}
 
@@ -35,7 +36,7 @@ def brightness(weight=20.0):
 
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_good_teacher_passes_with_its_accuracy(validation):
-    assert room.gate(brightness(), dataset(validation), floor=0.9, origin="here") == 1.0
+    assert room.gate(brightness(), dataset(validation), floor=0.9, origin="here", mesh=data_mesh()) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_good_teacher_passes_with_its_accuracy(validation):
 )
 def test_a_broken_or_weak_teacher_is_refused(teacher, floor, message):
     with pytest.raises(RunError, match=message):
-        room.gate(teacher, dataset(), floor=floor, origin="here")
+        room.gate(teacher, dataset(), floor=floor, origin="here", mesh=data_mesh())
 
 
 def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):

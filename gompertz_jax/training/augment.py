@@ -202,11 +202,42 @@ def make_batch(
       ((4, 8, 8, 1), 1.0, dtype('int32'))
     """
     index = batch_indices(step, seed=seed, batch_size=batch_size, size=images.shape[0])
+    return augmented(images, labels, index, step, seed=seed, padding=padding, flip=flip)
+
+
+def augmented(
+    images: UInt8[Array, "size height width channels"],
+    labels: Int[Array, "size"],
+    index: Integer[Array, "batch"],
+    step: int | Integer[Array, ""],
+    *,
+    seed: int | Integer[Array, ""],
+    padding: int,
+    flip: bool,
+) -> dict[str, Array]:
+    """The batch of a step from images that are already known: `make_batch` with `index` for `batch_indices`.
+
+    Args:
+      images: what `index` points into: the training set, or a batch that was gathered from it before.
+      labels: their classes.
+      index: the images of the batch, in order.
+      step: chooses, with `seed`, how each place of the batch is cropped and mirrored.
+      seed: see `make_batch`.
+      padding: likewise.
+      flip: likewise.
+
+    Returns:
+      What `make_batch` returns.
+
+    Raises:
+      ValueError: `padding` is negative.
+    """
+    batch = index.shape[0]
     _, augmentation = _keys(seed)
     crop_key, flip_key = jax.random.split(jax.random.fold_in(augmentation, step))
-    offset = _crop_offset(crop_key, batch_size, padding)
-    mirrored = _mirrored(flip_key, batch_size) if flip else jnp.zeros(batch_size, bool)
-    image: Float32[Array, "batch_size height width channels"]
+    offset = _crop_offset(crop_key, batch, padding)
+    mirrored = _mirrored(flip_key, batch) if flip else jnp.zeros(batch, bool)
+    image: Float32[Array, "batch height width channels"]
     image = _windows(images, index, offset, mirrored).astype(jnp.float32) / 255
     return {"image": image, "label": labels[index].astype(jnp.int32)}
 

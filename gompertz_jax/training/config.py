@@ -19,7 +19,15 @@ from .errors import RunError
 Config = Any  # an ml_collections.ConfigDict: what its keys hold is known to get_default, not to a type checker
 
 # Keys that may differ between the first start of a workdir and a later one: they change no number of the run.
-CHANGEABLE = ("data.data_dir", "logging", "checkpoint", "teacher.min_accuracy")
+CHANGEABLE = (
+    "data.data_dir",
+    "data.placement",
+    "data.device_fraction",
+    "compilation_cache",
+    "logging",
+    "checkpoint",
+    "teacher.min_accuracy",
+)
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "cross_entropy": terms.cross_entropy,
@@ -62,6 +70,10 @@ def get_default() -> Config:
                 "data_dir": "",  # where TFDS keeps data sets; "": its own default
                 "validation": 5000,  # images held out of the training set to select by; 0: none, the last step counts
                 "split_seed": 0,  # which images those are
+                # Where training images live: "device", a copy on each; "host", gathered there by the same permutation
+                # and sent ahead of the step; "auto": on the device if they take at most `device_fraction` of its memory
+                "placement": "auto",
+                "device_fraction": 0.25,
             },
             "augment": {"padding": 4, "flip": True},  # random crop after zero padding, horizontal flip
             "student": {"model": "resnet8", "options": {}, "dtype": "float32"},
@@ -81,6 +93,7 @@ def get_default() -> Config:
                 # configs/cifar10_small.py.
                 # NAME: the loss, its weight and its options. Weights, temperature and epsilon are schedules in text:
                 # a number, a curve such as "linear(start=8, end=2)", `curve` for the one above, or a product of these.
+                # Every term may have `every_k_steps`: it is then computed at every k-th step only, at the same weight.
                 "terms": {
                     "ce": {"loss": "cross_entropy", "weight": "1"},
                     "kd": {"loss": "soft_targets", "weight": "1 * curve", "temperature": "4"},
@@ -90,14 +103,26 @@ def get_default() -> Config:
                         "projection": "last",
                         "epsilon": "0.05",
                         "debiased": False,
+                        "cloud": "image",
                     },
-                    "gradient": {"loss": "gradient_match", "weight": "0.7 * curve", "pool": 4, "kind": "cosine"},
+                    "gradient": {
+                        "loss": "gradient_match",
+                        "weight": "0.7 * curve",
+                        "pool": 4,
+                        "kind": "cosine",
+                        "images": 0,
+                        "every_k_steps": 1,
+                    },
                 },
                 # NAME: which stages a projection joins; -1 is the map that is pooled
                 "projections": {"last": {"student_stage": -1, "teacher_stage": -1}},
+                # While every distillation weight is smaller than this, teacher and distillation are not computed
+                "skip_below": 0.0,
             },
             "steps_per_dispatch": 50,  # at most; the largest divisor of the number of steps is taken
             "evaluate_every_epochs": 1,
+            # Compiled programs are kept here for the next start; "": $JAX_COMPILATION_CACHE_DIR or nowhere
+            "compilation_cache": "~/.cache/gompertz_jax",
             "teacher_statistics_images": 2000,  # from which the teacher's channel statistics are measured, once
             "checkpoint": {"keep": 2},
             "logging": {
@@ -217,6 +242,11 @@ def build_objective(config: Config, total_steps: int) -> Objective:
         if missing := {"loss", "weight"} - options.keys():
             raise RunError(f"{where} lacks {' and '.join(sorted(missing))}")
         loss_name, weight_text = options.pop("loss"), options.pop("weight")
+        every = options.pop("every_k_steps", 1)
+        if type(every) is not int or every < 1:
+            raise RunError(f"{where}.every_k_steps = {every!r} must be a whole number of at least 1")
+        if every > 1 and loss_name == "cross_entropy":
+            raise RunError(f"{where}.every_k_steps = {every}: the cross-entropy is computed at every step")
         if loss_name not in LOSSES:
             raise RunError(f"{where}.loss = {loss_name!r} is unknown; there are {', '.join(LOSSES)}")
         loss = LOSSES[loss_name]
@@ -245,7 +275,8 @@ def build_objective(config: Config, total_steps: int) -> Objective:
             )
         if loss_name == "cross_entropy":
             options.setdefault("label_smoothing", config.recipe.label_smoothing)
-        built.append(Term(name, weight, partial(loss, **options), scheduled, distils=loss_name != "cross_entropy"))
+        distils = loss_name != "cross_entropy"
+        built.append(Term(name, weight, partial(loss, **options), scheduled, distils=distils, every_k_steps=every))
     if not built:
         raise RunError("objective.terms: every weight is 0, so there is nothing to learn; give one term a weight")
     used = sorted({term.loss.keywords["projection"] for term in built if "projection" in term.loss.keywords})
@@ -330,6 +361,12 @@ def check(config: Config) -> None:
         raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
     if not 0 <= config.teacher.min_accuracy <= 1:
         raise RunError(f"teacher.min_accuracy = {config.teacher.min_accuracy}: is a fraction, in [0, 1]")
+    if config.data.placement not in ("auto", "device", "host"):
+        raise RunError(f"data.placement = {config.data.placement!r}: must be auto, device or host")
+    if not 0 <= config.data.device_fraction <= 1:
+        raise RunError(f"data.device_fraction = {config.data.device_fraction}: is a fraction, in [0, 1]")
+    if config.objective.skip_below < 0:
+        raise RunError(f"objective.skip_below = {config.objective.skip_below}: must not be negative; 0 never skips")
     if config.augment.padding < 0:
         raise RunError(f"augment.padding = {config.augment.padding}: must not be negative")
 

@@ -3,8 +3,10 @@
 The order of things, which resuming relies on:
 
 1. A dispatch is issued before the metrics of the one before it are read: the device never waits for the host.
-2. Metrics up to step n are on disk before the checkpoint of step n counts.
-3. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
+2. So is an evaluation: it is queued behind its dispatch with a copy of the state, and read, written and saved while the
+   next dispatch runs.
+3. Metrics up to step n are on disk before the checkpoint of step n is begun; one that is not whole does not count.
+4. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
 """
 
 import time
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..network import Network
 from ..objective import Objective, measure_teacher
@@ -28,12 +31,12 @@ from ..step import (
     make_gradient_report,
     make_train_step,
 )
-from .augment import make_batch
 from .checkpoint import Checkpoints
 from .config import Config
-from .data import Dataset
 from .errors import RunError
+from .feed import Feed, Held, Images
 from .optim import learning_rate, make_optimizer
+from .sharding import replicate, say
 from .teacher import fingerprint
 from .writer import MetricsWriter, Progress
 
@@ -68,24 +71,6 @@ class Plan(NamedTuple):
         return step // self.evaluate_every > before // self.evaluate_every or step == self.steps
 
 
-class DeviceData(NamedTuple):
-    """Training and validation images as uint8 and labels, on the device."""
-
-    images: jax.Array
-    labels: jax.Array
-    validation: tuple[jax.Array, jax.Array] | None
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> "DeviceData":
-        """Move a data set to the device."""
-        held = dataset.validation
-        return cls(
-            jnp.asarray(dataset.train.images),
-            jnp.asarray(dataset.train.labels),
-            None if held is None else (jnp.asarray(held.images), jnp.asarray(held.labels)),
-        )
-
-
 @dataclass(frozen=True)
 class Fitted:
     """A trained network: after the last step, and the best by validation (None where nothing was held out)."""
@@ -113,8 +98,9 @@ def fit(
     network: Network,
     objective: Objective,
     teacher: Network | None,
-    data: DeviceData,
+    data: Images,
     seed: int,
+    mesh: Mesh,
 ) -> Fitted:
     """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
 
@@ -127,8 +113,9 @@ def fit(
       network: with its initial weights.
       objective: what is minimised.
       teacher: None when no term distils.
-      data: training and validation images on the device.
+      data: training and validation images.
       seed: of data order, augmentation and projections.
+      mesh: the devices to train on.
 
     Returns:
       The trained network.
@@ -149,29 +136,25 @@ def fit(
         key=jax.random.fold_in(jax.random.key(seed), PROJECTIONS),
         moving_average=average is not None,
     )
-    best = Best.none(state)
-
-    def batch_of(arrays: tuple[jax.Array, jax.Array], step: jax.Array) -> Mapping[str, jax.Array]:
-        crop, flip = config.augment.padding, config.augment.flip
-        return make_batch(*arrays, step, seed=seed, batch_size=recipe.batch_size, padding=crop, flip=flip)
-
-    train_step = make_train_step(
-        network,
-        optimizer,
-        objective,
-        make_batch=batch_of,
-        steps_per_dispatch=plan.steps_per_dispatch,
-        seed=seed,
-        average_decay=average,
-        logged_schedules={"learning_rate": rate},
-    )
-    gradient_report = make_gradient_report(network, objective, seed=seed)
-    evaluate = Evaluator.of(data, teacher)
-    arrays = (data.images, data.labels)
     taught_by = None if teacher is None else fingerprint(teacher)
+    teacher = replicate(teacher, mesh)
 
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with (
+        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Feed(
+            data,
+            seed=seed,
+            batch_size=recipe.batch_size,
+            augment=config.augment,
+            steps_per_dispatch=plan.steps_per_dispatch,
+            mesh=mesh,
+        ) as feed,
+    ):
         clock = Clock()
+        if checkpoints.latest_step is None and teacher is not None and objective.projections:
+            features = _teacher_features(teacher, data.images[: config.teacher_statistics_images], mesh)
+            state = state._replace(projection_stats=measure_teacher(objective, state.projection_stats, features))
+        state, best = replicate((state, Best.none(state)), mesh)
         if checkpoints.latest_step is not None:
             (state, best), record = checkpoints.restore((state, best))
             if record["taught_by"] != taught_by:
@@ -179,47 +162,78 @@ def fit(
                     f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir"
                 )
             clock = Clock(**record["timing"])
-            print(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}", flush=True)
-        elif teacher is not None and objective.projections:
-            features = _teacher_features(teacher, data.images[: config.teacher_statistics_images])
-            state = state._replace(projection_stats=measure_teacher(objective, state.projection_stats, features))
+            say(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}")
         earlier, step = clock.total_seconds, int(state.step)
+
+        train_step = make_train_step(
+            network,
+            optimizer,
+            objective,
+            make_batch=feed.make_batch,
+            steps_per_dispatch=plan.steps_per_dispatch,
+            seed=seed,
+            average_decay=average,
+            logged_schedules={"learning_rate": rate},
+            skip_below=config.objective.skip_below,
+            mesh=mesh,
+        )
+        survey = make_survey(
+            network,
+            objective,
+            feed,
+            report_batches=min(config.logging.term_gradients, plan.steps_per_dispatch),
+            seed=seed,
+            mesh=mesh,
+        )
+        held = data.validation
+        classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
+        if step < plan.steps:
+            # A program that is compiled ahead refuses what does not fit it: nothing is compiled a second time.
+            train_step = train_step.lower(state, teacher, feed(step)).compile()
+            survey = survey.lower(state, best, teacher, held, classes, feed(step)).compile()
 
         with (
             MetricsWriter(workdir, step=step) as writer,
             Progress(label, step=step, total=plan.steps, enabled=config.logging.progress) as progress,
+            jax.transfer_guard("disallow"),
         ):
             reader = MetricsReader(objective, recipe.batch_size, config.logging.every_steps, clock, writer, progress)
-            while step < plan.steps:
-                state, metrics = train_step(state, teacher, arrays)
-                step += plan.steps_per_dispatch
-                reader.take(metrics)
-                if not plan.evaluates_at(step):
-                    continue
-                reader.drain()
-                line: dict[str, float] = {}
-                if evaluate is not None:
-                    correct, line = evaluate(_evaluated(network, state))
+
+            def conclude(step: int, found: Findings) -> None:
+                """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
+                line = {name: value.item() for name, value in jax.device_get(dict(found.line)).items()}
+                if held is not None:
+                    line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
                     progress.validation_accuracy = line["accuracy"]
-                    if correct >= int(best.correct):
-                        best = Best.of(state, correct)
-                if config.logging.term_gradients:
-                    batches = (batch_of(arrays, state.step + n) for n in range(config.logging.term_gradients))
-                    reports = [gradient_report(state, teacher, batch) for batch in batches]
-                    line |= {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
                 if line:
                     writer.write({"step": step, "split": "validation", **line})
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
-                checkpoints.save(step, (state, best), {"timing": clock.record(), "taught_by": taught_by})
-                reader.restart()
+                record = {"timing": clock.record(), "taught_by": taught_by}
+                with jax.transfer_guard("allow"):  # Orbax fetches the arrays in its own way
+                    checkpoints.save(step, (found.state, found.best), record)
+
+            pending = None
+            while step < plan.steps:
+                state, metrics = train_step(state, teacher, feed(step))
+                step += plan.steps_per_dispatch
+                reader.take(metrics)
+                if pending is not None:
+                    conclude(*pending)
+                pending = None
+                if plan.evaluates_at(step):
+                    found = survey(state, best, teacher, held, classes, feed(step))
+                    best, pending = found.best, (step, found)
+            reader.drain()
+            if pending is not None:
+                conclude(*pending)
 
     last = _evaluated(network, state)
     return Fitted(
         last=last,
-        best=last if evaluate is None else network.replace(params=best.params, stats=best.stats),
-        best_accuracy=None if evaluate is None else int(best.correct) / len(evaluate.labels),
-        best_step=None if evaluate is None else int(best.step),
+        best=last if held is None else network.replace(params=best.params, stats=best.stats),
+        best_accuracy=None if held is None else int(best.correct) / len(held[1]),
+        best_step=None if held is None else int(best.step),
         seconds=clock.total_seconds,
         images_per_second=clock.images / clock.step_seconds if clock.step_seconds else 0.0,
     )
@@ -230,10 +244,12 @@ def _evaluated(network: Network, state: TrainState) -> Network:
     return network.replace(params=params, stats=stats)
 
 
-def _teacher_features(teacher: Network, images: jax.Array, *, batch_size: int = 200) -> Iterator[tuple[Any, ...]]:
+def _teacher_features(
+    teacher: Network, images: jax.Array | np.ndarray, mesh: Mesh, *, batch_size: int = 200
+) -> Iterator[tuple[Any, ...]]:
     features = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False)[0].features)
     for start in range(0, len(images), batch_size):
-        yield features(teacher, images[start : start + batch_size])
+        yield features(teacher, replicate(images[start : start + batch_size], mesh))
 
 
 class Best(NamedTuple):
@@ -247,47 +263,81 @@ class Best(NamedTuple):
     @classmethod
     def none(cls, state: TrainState) -> "Best":
         """Before any evaluation."""
-        return cls.of(state, -1)
+        return cls.of(state, jnp.full((), -1, jnp.int32))
 
     @classmethod
-    def of(cls, state: TrainState, correct: int) -> "Best":
+    def of(cls, state: TrainState, correct: jax.Array) -> "Best":
         """The evaluated weights of a state, copied, because the next dispatch takes the state's memory."""
         params, stats = jax.tree.map(jnp.copy, state.evaluated())
-        return cls(params, stats, jnp.asarray(correct, jnp.int32), jnp.copy(state.step))
+        return cls(params, stats, correct, jnp.copy(state.step))
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """A network on the validation split, beside the teacher."""
+class Findings(NamedTuple):
+    """What is known of a state beyond its metrics, perhaps still on its way.
 
-    evaluate: Callable[..., Any]
-    images: jax.Array
-    labels: np.ndarray
-    teacher_classes: np.ndarray | None
+    Attributes:
+      state: a copy, whose memory no dispatch will take.
+      best: the best weights so far, this state's among them.
+      line: the validation line of metrics.jsonl; empty where nothing is held out or asked for.
+    """
 
-    @classmethod
-    def of(cls, data: DeviceData, teacher: Network | None) -> "Evaluator | None":
-        """None where nothing is held out."""
-        if data.validation is None:
-            return None
-        evaluate = make_eval_step()
-        classes = None if teacher is None else np.asarray(evaluate(teacher, *data.validation).classes)
-        return cls(evaluate, data.validation[0], np.asarray(data.validation[1]), classes)
+    state: TrainState
+    best: Best
+    line: Mapping[str, jax.Array]
 
-    def __call__(self, network: Network) -> tuple[int, dict[str, float]]:
-        """How many images are classified rightly, and the line for metrics.jsonl."""
-        predictions = self.evaluate(network, self.images, self.labels)
-        classes = np.asarray(predictions.classes)
-        correct = int(np.sum(classes == self.labels))
-        line = {"accuracy": correct / len(self.labels), "cross_entropy": float(predictions.cross_entropy)}
-        if self.teacher_classes is not None:
-            line["agreement"] = float(np.mean(classes == self.teacher_classes))
-        return correct, line
+
+def make_survey(
+    network: Network, objective: Objective, feed: Feed, *, report_batches: int, seed: int, mesh: Mesh
+) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Held], Findings]:
+    """The program that is queued behind a dispatch when its end is to be evaluated and saved.
+
+    Args:
+      network: the one in training.
+      objective: whose terms are reported.
+      feed: makes the batches of the report.
+      report_batches: over how many of the next dispatch's batches each term's gradient is measured; 0: not at all.
+      seed: of the training step.
+      mesh: its devices.
+
+    Returns:
+      `survey(state, best, teacher, held_out, classes, arrays) -> Findings`, compiled on first use: `classes` are the
+      teacher's of the held-out images, `arrays` what the next dispatch reads. Accuracies are exact counts.
+    """
+    evaluate = make_eval_step(mesh=mesh)
+    report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
+
+    @jax.jit
+    def survey(
+        state: TrainState,
+        best: Best,
+        teacher: Network | None,
+        held: Held | None,
+        classes: jax.Array | None,
+        arrays: Held,
+    ) -> Findings:
+        line = {}
+        if held is not None:
+            predictions = evaluate(_evaluated(network, state), *held)
+            correct = (predictions.classes == held[1]).sum(dtype=jnp.int32)
+            line = {"accuracy": correct, "cross_entropy": predictions.cross_entropy}
+            if classes is not None:
+                line["agreement"] = (predictions.classes == classes).sum(dtype=jnp.int32)
+            better = correct >= best.correct
+            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Best.of(state, correct), best)
+        if report_batches:
+            reports = jax.lax.map(
+                lambda ahead: report(state, teacher, feed.make_batch(arrays, state.step + ahead)),
+                jnp.arange(report_batches),
+            )
+            line |= {name: values.mean() for name, values in reports.items()}
+        return Findings(jax.tree.map(jnp.copy, state), best, line)
+
+    return survey
 
 
 @dataclass
 class Clock:
-    """Time spent, over all starts of a run. Steps are timed without compilation, evaluation and saving."""
+    """Time spent, over all starts of a run. The seconds of steps hold evaluation and saving, but no compilation."""
 
     total_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -313,17 +363,12 @@ class MetricsReader:
         self._objective, self._batch_size, self._every_steps = objective, batch_size, every_steps
         self._clock, self._writer, self._progress = clock, writer, progress
         self._pending: Mapping[str, jax.Array] | None = None
-        self._compiled = False
         self._last_read = time.monotonic()
 
     def take(self, metrics: Mapping[str, jax.Array]) -> None:
         """Accept the metrics of the dispatch just issued, and read those of the one before it."""
         self.drain()
         self._pending = metrics
-
-    def restart(self) -> None:
-        """Do not count the time since the last reading as training."""
-        self._last_read = time.monotonic()
 
     def drain(self) -> None:
         """Wait for what is pending, check it and write it.
@@ -333,15 +378,13 @@ class MetricsReader:
         """
         if self._pending is None:
             return
-        metrics, self._pending = {name: np.asarray(values) for name, values in self._pending.items()}, None
+        metrics, self._pending = jax.device_get(dict(self._pending)), None
         now = time.monotonic()
         elapsed, self._last_read = now - self._last_read, now
         steps = len(metrics["step"])
         images_per_second = steps * self._batch_size / elapsed
-        if self._compiled:
-            self._clock.step_seconds += elapsed
-            self._clock.images += steps * self._batch_size
-        self._compiled = True
+        self._clock.step_seconds += elapsed
+        self._clock.images += steps * self._batch_size
         failed = metrics["failed_term"] != HEALTHY
         # Steps after a failure change nothing and say nothing new; the failing one itself is told.
         told = np.cumsum(failed) <= 1

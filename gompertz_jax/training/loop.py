@@ -1,6 +1,7 @@
 """From a config to a result: the thin shell in which the compiled step runs.
 
-Test images are read once, after the last step.
+Test images are read once, after the last step. With several processes all of them run this; where a file decides what
+happens next, the first one reads it and tells the others.
 """
 
 import os
@@ -8,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .. import report
 from ..network import Network
@@ -17,9 +18,12 @@ from ..objective import student_alone
 from ..step import make_eval_step
 from . import config as config_module
 from . import preflight
+from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, load
-from .fit import DeviceData, Fitted, Plan, fit
+from .feed import Images
+from .fit import Fitted, Plan, fit
+from .sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .teacher import gate, load_network, network_from, network_shapes, read_card, save_network
 from .workdir import check_workdir, claim_workdir, frozen, provenance
 from .writer import read_json, read_metrics, write_json
@@ -44,41 +48,45 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
     config_module.check(config)
     if config.teacher.dir:
-        read_card(_teacher_directory(config))
+        on_main(lambda: read_card(_teacher_directory(config)))
     content = frozen(config)
-    check_workdir(workdir, content)
-    if (workdir / RESULT).exists():
-        result = read_json(workdir / RESULT)
-        print(f"{workdir} holds a finished run; another --workdir starts a new one.")
-        print(report.result_card(result, workdir))
+    result = on_main(lambda: finished(workdir, RESULT, content))
+    if result is not None:
+        say(f"{workdir} holds a finished run; another --workdir starts a new one.")
+        say(report.result_card(result, workdir))
         return result
 
-    dataset = load(
-        config.data.name,
-        data_dir=config.data.data_dir or None,
-        validation=config.data.validation,
-        split_seed=config.data.split_seed,
+    mesh = data_mesh()
+    check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
+    dataset = together(
+        lambda: load(
+            config.data.name,
+            data_dir=config.data.data_dir or None,
+            validation=config.data.validation,
+            split_seed=config.data.split_seed,
+        )
     )
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objective = config_module.build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
-    print(
+    say(
         preflight.describe(
             dataset,
             student=("student", content["student"], network_shapes(content["student"], dataset)),
-            teacher=("teacher", *teacher_shapes(config, content, dataset)) if distils else None,
+            teacher=("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None,
             objective=objective,
             batch_size=config.recipe.batch_size,
             steps=plan.steps,
             steps_per_dispatch=plan.steps_per_dispatch,
+            devices=mesh.size,
             label=f"{workdir}, seed {config.seed}",
-        ),
-        flush=True,
+        )
     )
-    claim_workdir(workdir, content)
+    on_main(lambda: claim_workdir(workdir, content))
 
-    data = DeviceData.of(dataset)
-    teacher = obtain_teacher(config, content, dataset, data, workdir) if distils else None
+    keep_compiled(config.compilation_cache)
+    data = Images.of(dataset, config.data, mesh)
+    teacher = obtain_teacher(config, content, dataset, data, workdir, mesh) if distils else None
     fitted = fit(
         config,
         config.recipe,
@@ -90,6 +98,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         teacher=teacher.network if teacher else None,
         data=data,
         seed=student_seed(config.seed),
+        mesh=mesh,
     )
     result = {
         "dataset": dataset.name,
@@ -98,7 +107,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         "seed": config.seed,
         "steps": plan.steps,
         "teacher_validation_accuracy": teacher.validation_accuracy if teacher else None,
-        **test_accuracies(fitted, teacher.network if teacher else None, dataset),
+        **test_accuracies(fitted, teacher.network if teacher else None, dataset, mesh),
         "best_validation_accuracy": fitted.best_accuracy,
         "best_step": fitted.best_step,
         "evaluated_weights": "moving average" if config.recipe.moving_average else "as trained",
@@ -111,9 +120,25 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         },
     }
     save_network(workdir, fitted.selected, content["student"], dataset)
+    result = on_main(lambda: conclude(workdir, result))
+    say(report.result_card(result, workdir))
+    return result
+
+
+def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result `name` of a workdir, if it is there and the workdir can be this config's.
+
+    Raises:
+      RunError: as `check_workdir`.
+    """
+    check_workdir(workdir, content)
+    return read_json(workdir / name) if (workdir / name).exists() else None
+
+
+def conclude(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Draw the curves and write the result, in this order: with the result, a run is finished."""
     report.plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
     write_json(workdir / RESULT, result)
-    print(report.result_card(result, workdir), flush=True)
     return result
 
 
@@ -126,11 +151,11 @@ def student_seed(seed: int) -> int:
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0] >> 1)
 
 
-def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset) -> dict[str, float | None]:
+def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, mesh: Mesh) -> dict[str, float | None]:
     """Read the test images and evaluate both networks on them: the one place where a run does."""
-    test = dataset.test()
-    images, labels = jnp.asarray(test.images), jnp.asarray(test.labels)
-    evaluate = make_eval_step()
+    test = together(dataset.test)
+    images, labels = replicate((test.images, test.labels), mesh)
+    evaluate = make_eval_step(mesh=mesh)
 
     def classes(network: Network | None) -> np.ndarray | None:
         return None if network is None else np.asarray(evaluate(network, images, labels).classes)
@@ -160,17 +185,20 @@ class Teacher(NamedTuple):
     seconds: float
 
 
-def teacher_shapes(config: Config, content: Mapping[str, Any], dataset: Dataset) -> tuple[dict[str, Any], Network]:
+def teacher_shapes(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, devices: int
+) -> tuple[dict[str, Any], Network]:
     """What will teach, for the pre-flight: its description, and a Network of shapes."""
     if config.teacher.dir:
         directory = _teacher_directory(config)
-        return read_card(directory), load_network(directory, abstract=True)
+        return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
+    check_batch(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
     Plan.of(config.teacher.recipe, config, len(dataset.train.labels))
     return content["teacher"], network_shapes(content["teacher"], dataset)
 
 
 def obtain_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: DeviceData, workdir: Path
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
 ) -> Teacher:
     """The teacher that the config names, loaded or trained, once it has passed the gate.
 
@@ -179,12 +207,12 @@ def obtain_teacher(
     """
     if config.teacher.dir:
         origin, seconds = _teacher_directory(config), 0.0
-        network, name = load_network(origin), read_card(origin)["model"]
+        network, name = load_network(origin), on_main(lambda: read_card(origin)["model"])
     else:
         origin, name = workdir / "teacher", config.teacher.model
-        network, seconds = trained_teacher(config, content, dataset, data, origin)
-    accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin))
-    print(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images", flush=True)
+        network, seconds = trained_teacher(config, content, dataset, data, origin, mesh)
+    accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
+    say(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images")
     return Teacher(network, name, accuracy, seconds)
 
 
@@ -193,7 +221,7 @@ def _teacher_directory(config: Config) -> Path:
 
 
 def trained_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: DeviceData, workdir: Path
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
 ) -> tuple[Network, float]:
     """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
 
@@ -201,8 +229,9 @@ def trained_teacher(
       config: the whole experiment's.
       content: the same, frozen.
       dataset: what it learns.
-      data: the same on the device.
+      data: its images.
       workdir: a workdir of its own.
+      mesh: the devices to train on.
 
     Returns:
       The teacher and the seconds that its training took.
@@ -215,13 +244,13 @@ def trained_teacher(
         "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy")},
         **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
     }
-    check_workdir(workdir, content)
-    if (workdir / TEACHER_RESULT).exists():
-        return load_network(workdir), read_json(workdir / TEACHER_RESULT)["timing"]["train_seconds"]
-    claim_workdir(workdir, content)
+    card = on_main(lambda: finished(workdir, TEACHER_RESULT, content))
+    if card is not None:
+        return load_network(workdir), card["timing"]["train_seconds"]
+    on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
     plan = Plan.of(recipe, config, len(dataset.train.labels))
-    print(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images", flush=True)
+    say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
     fitted = fit(
         config,
         recipe,
@@ -233,6 +262,7 @@ def trained_teacher(
         teacher=None,
         data=data,
         seed=config.teacher.seed,
+        mesh=mesh,
     )
     save_network(workdir, fitted.selected, spec, dataset)
     card = {
@@ -249,6 +279,6 @@ def trained_teacher(
             "images_per_second": round(fitted.images_per_second, 1),
         },
     }
-    write_json(workdir / TEACHER_RESULT, card)
+    on_main(lambda: write_json(workdir / TEACHER_RESULT, card))
     # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
     return load_network(workdir), card["timing"]["train_seconds"]

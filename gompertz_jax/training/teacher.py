@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .. import models
 from ..network import Network
@@ -15,6 +16,7 @@ from ..step import make_eval_step
 from .checkpoint import load_arrays, save_arrays
 from .data import Dataset, Split
 from .errors import RunError
+from .sharding import on_main, replicate
 from .writer import read_json, write_json
 
 CARD = "network.json"
@@ -62,7 +64,7 @@ def save_network(directory: Path, network: Network, spec: Mapping[str, Any], dat
         "std": list(dataset.std),
         "dataset": dataset.name,
     }
-    write_json(directory / CARD, card)
+    on_main(lambda: write_json(directory / CARD, card))
 
 
 def read_card(directory: Path) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def load_network(directory: Path, *, abstract: bool = False) -> Network:
     Raises:
       RunError: no network is there, or it does not fit its card, or it cannot be read.
     """
-    card = read_card(directory)
+    card = on_main(lambda: read_card(directory))
     try:
 
         def create(key: jax.Array) -> Network:
@@ -124,7 +126,7 @@ def fingerprint(network: Network) -> str:
     return digest.hexdigest()
 
 
-def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> float:
+def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh: Mesh) -> float:
     """Evaluate a teacher before the first step, and refuse one that is broken or weak.
 
     The images are the validation split, or without one the first 5,000 of the training set.
@@ -134,6 +136,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> fl
       dataset: what it is to teach.
       floor: the least accuracy, a fraction.
       origin: where it came from, for messages.
+      mesh: the devices to evaluate it on.
 
     Returns:
       Its accuracy.
@@ -142,10 +145,10 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str) -> fl
       RunError: a weight is not finite, the accuracy is that of guessing, or it is under the floor.
     """
     for path, leaf in jax.tree.leaves_with_path((teacher.params, teacher.stats)):
-        if not bool(jnp.isfinite(leaf).all()):
+        if not np.isfinite(np.asarray(leaf)).all():
             raise RunError(f"the teacher of {origin} is broken: {jax.tree_util.keystr(path)} holds NaN or infinity")
     split = held_out(dataset)
-    classes = make_eval_step()(teacher, jnp.asarray(split.images), jnp.asarray(split.labels)).classes
+    classes = make_eval_step(mesh=mesh)(*replicate((teacher, *split), mesh)).classes
     accuracy = float(np.mean(np.asarray(classes) == split.labels))
     chance = 1.0 / dataset.num_classes
     if accuracy <= 1.5 * chance:

@@ -1,4 +1,7 @@
-"""What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar; and JSON files, whole."""
+"""What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar; and JSON files, whole.
+
+With several processes, the metrics and the progress of all but the first are silent: what they know, it knows.
+"""
 
 import json
 import math
@@ -12,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .errors import RunError
+from .sharding import is_main
 
 try:
     from tensorboardX import SummaryWriter
@@ -59,16 +63,20 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, step: int):
+        self._file = self._events = None
+        if not is_main():
+            return
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] + (line["split"] == "train") <= step]
         _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._events = None
         if SummaryWriter is not None:
             self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1, max_queue=1000)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line with its `step` and `split`. What is not finite becomes null, so that every line is JSON."""
+        if self._file is None:
+            return
         line = _plain(line)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._events is not None:
@@ -77,15 +85,17 @@ class MetricsWriter:
 
     def commit(self) -> None:
         """Return once everything written so far is on disk. Comes before a checkpoint of the same step."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
         """Commit and close."""
         self.commit()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -105,8 +115,8 @@ class Progress:
         self._start_step, self._start = step, time.monotonic()
         self._spoke = self._start
         self._bar = None
-        self._enabled = enabled
-        if enabled and sys.stderr.isatty():
+        self._enabled = enabled and is_main()
+        if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=label, total=total, initial=step, unit="step", dynamic_ncols=True, leave=True, smoothing=0.1
             )

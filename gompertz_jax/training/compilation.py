@@ -1,0 +1,17 @@
+"""Compiled programs kept on disk between starts."""
+
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled(directory: str) -> None:
+    """Let JAX keep compiled programs in `directory` and take them from there; a setting of the user's own stands.
+
+    What cannot be read there, for instance because a kill cut it short, is compiled again, with a warning.
+
+    Args:
+      directory: made when it is first written to; "" keeps nothing.
+    """
+    if directory and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))

@@ -1,0 +1,234 @@
+"""The devices and processes of a run: the only file of the shell that knows how many there are.
+
+Every process runs the whole program over the same data and the same seeds, and compiled programs span the devices of
+all of them. What is not a compiled program (files, the terminal) is done by the first process, whose word goes to the
+others through JAX's coordination service: no process looks at a file that another one may be about to write.
+"""
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax._src import (
+    distributed,
+)  # its client has no public name; what is posted there needs no device and no collective
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from ..data_parallel import AXIS, COPIED
+from ..network import PyTree
+from .errors import RunError
+
+T = TypeVar("T")
+
+START_SECONDS = 300  # how long the processes of a run may take to appear
+_POLL_MILLISECONDS = 1000  # a wait for another process is cut into these, so that Ctrl-C ends it
+_rounds = itertools.count()
+
+
+def connect(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    detect: bool = False,
+) -> None:
+    """Join the other processes of this run. Comes before anything that touches a device; with no arguments, nothing.
+
+    Args:
+      coordinator: `HOST:PORT` of the first process, the same for all; with `processes` and `process`.
+      processes: how many there are.
+      process: which one this is, from 0.
+      detect: let JAX find all this out from Slurm, Kubernetes, Open MPI or the TPU's metadata instead.
+
+    Raises:
+      RunError: half the arguments, wrong ones, no cluster found, or the others cannot be reached.
+    """
+    by_hand = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    given = [flag for flag, value in by_hand.items() if value is not None]
+    if detect and given:
+        raise RunError(f"--distributed finds out by itself what {given[0]} says: give one of the two")
+    if given and len(given) < len(by_hand):
+        lacking = [flag for flag in by_hand if flag not in given]
+        raise RunError(f"{given[0]} was given without {' and '.join(lacking)}: all three are needed, or --distributed")
+    if not given and not detect:
+        return
+    if coordinator is not None and processes is not None and process is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise RunError(f"--coordinator={coordinator}: must be HOST:PORT of process 0")
+        if not 0 <= process < processes:
+            raise RunError(f"--process={process}: must lie in [0, {processes}), the number of --processes")
+        if process > 0:
+            _await(host, int(port))
+    try:
+        # By hand a process has every device that it sees; Slurm's and Open MPI's processes have one GPU each.
+        method = None if detect else "deactivate"
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method=method,
+            initialization_timeout=START_SECONDS,
+        )
+    except Exception as error:  # ValueError where nothing is detected, JAX's and the cluster's own errors elsewhere
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        way_out = (
+            "start it under Slurm, Kubernetes, Open MPI or on a TPU pod, or give --coordinator, --processes, --process"
+            if detect
+            else "is every process running, with the same --coordinator and --processes and a --process of its own?"
+        )
+        raise RunError(f"the other processes of this run were not found ({reason}): {way_out}") from error
+
+
+def _await(host: str, port: int) -> None:
+    """Return once the first process listens: JAX would abort the program, without an exception, where it never does."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"--coordinator={host}:{port} cannot be reached ({error}): "
+                    "is process 0 running there, and the port open?"
+                ) from error
+        time.sleep(0.2)
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes in one row, among which batches are divided."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies of a tree's arrays on every device of the mesh.
+
+    Args:
+      tree: arrays of the host or of a device, equal on all processes, which is not checked.
+      mesh: where they go.
+
+    Returns:
+      The same tree of arrays that compiled programs of all processes can share.
+    """
+    sharding = NamedSharding(mesh, COPIED)
+
+    def place(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
+
+
+def check_batch(batch_size: int, devices: int, where: str) -> None:
+    """Refuse a batch that cannot be divided equally.
+
+    Args:
+      batch_size: of the whole run, over all devices.
+      devices: how many there are.
+      where: the config's key.
+
+    Raises:
+      RunError: names the batch, the devices and the nearest batches that would do.
+    """
+    below = batch_size // devices * devices
+    if below != batch_size:
+        near = " or ".join(str(size) for size in (below, below + devices) if size)
+        raise RunError(
+            f"{where} = {batch_size} cannot be divided equally among {devices} devices: take {near}, "
+            "or let the run see fewer devices (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks; the only one, in most runs."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Print a line, once however many processes there are."""
+    if is_main():
+        print(text, flush=True)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do something on the first process alone; the others wait for it, however long it takes.
+
+    Args:
+      work: returns what JSON can hold.
+
+    Returns:
+      What it returned, on every process.
+
+    Raises:
+      RunError: on every process, if it failed on the first.
+    """
+    if jax.process_count() == 1:
+        return work()
+    name = f"{next(_rounds)}"
+    if not is_main():
+        word = _read(name)
+        if "failed" in word:
+            raise RunError(word["failed"])
+        return word["value"]
+    try:
+        value = work()
+        _post(name, {"value": value})
+    except Exception as error:
+        _post(name, {"failed": str(error)})
+        raise
+    return value
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do something on every process, and on the first before the others, so that these find what it prepared.
+
+    Raises:
+      RunError: on every process, if it failed on any.
+    """
+    if jax.process_count() == 1:
+        return work()
+    done: list[T] = []
+    on_main(lambda: done.append(work()))
+    failed: Exception | None = None
+    if not done:
+        try:
+            done.append(work())
+        except Exception as error:
+            failed = error
+    name = f"{next(_rounds)}"
+    _post(f"{name}/{jax.process_index()}", None if failed is None else str(failed))
+    failures = [_read(f"{name}/{process}") for process in range(jax.process_count())]
+    if failed is not None:
+        raise failed
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            raise RunError(f"process {process}: {failure}")
+    return done[0]
+
+
+def _post(name: str, word: Any) -> None:
+    _client().key_value_set(f"gompertz_jax/{name}", json.dumps(word))
+
+
+def _read(name: str) -> Any:
+    """A word that was posted, or is going to be. A process that dies takes the waiting ones with it, by JAX's doing."""
+    while True:
+        try:
+            return json.loads(_client().blocking_key_value_get(f"gompertz_jax/{name}", _POLL_MILLISECONDS))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _client() -> Any:
+    return distributed.global_state.client
