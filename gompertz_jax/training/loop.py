@@ -50,11 +50,11 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     if config.teacher.dir:
         on_main(lambda: read_card(_teacher_directory(config)))
     content = frozen(config)
-    result = on_main(lambda: finished(workdir, RESULT, content))
-    if result is not None:
+    already = on_main(lambda: finished(workdir, RESULT, content))
+    if already is not None:
         say(f"{workdir} holds a finished run; another --workdir starts a new one.")
-        say(report.result_card(result, workdir))
-        return result
+        say(report.result_card(already, workdir))
+        return already
 
     mesh = data_mesh()
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")

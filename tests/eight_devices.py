@@ -1,0 +1,129 @@
+"""What test_sharding.py runs in a process that sees eight virtual devices: `python eight_devices.py DIR`."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from helpers import smallest_networks
+
+import gompertz_jax as gj
+from gompertz_jax import objective as terms
+from gompertz_jax.data_parallel import SPREAD, per_image
+from gompertz_jax.training.sharding import data_mesh, replicate
+
+BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
+LOSSES = {
+    "ce": terms.cross_entropy,
+    "kd": terms.soft_targets,
+    "wasserstein": terms.wasserstein,
+    "wasserstein_batch": partial(terms.wasserstein, cloud="batch"),
+    "gaussian": terms.gaussian,
+    "gradient": partial(terms.gradient_match, pool=2),
+}
+
+
+def objective():
+    """All terms; which of them count is a function of the step, so that one program serves every case.
+
+    The first three steps have the first term alone, the next three the second, and so on; the last three have all.
+    """
+    table = np.concatenate([np.eye(len(LOSSES)), np.ones((1, len(LOSSES)))]).astype(np.float32)
+
+    def weight(column):
+        return lambda step: jnp.asarray(table[:, column])[step // STEPS]
+
+    listed = [
+        gj.Term(name, weight(column), loss, distils=name != "ce") for column, (name, loss) in enumerate(LOSSES.items())
+    ]
+    return gj.Objective(tuple(listed), {"last": gj.Projection()})
+
+
+CASES = (*LOSSES, "all")
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(BATCH, *SHAPE)).astype(np.float32)
+    # Neighbours are alike, so that what is normalised by a device's own images is normalised otherwise.
+    images *= np.linspace(0.2, 1, BATCH, dtype=np.float32)[:, None, None, None]
+    return {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 10}
+
+
+def networks():
+    return [gj.models.create(name, num_classes=10, key=jax.random.key(0)) for name in smallest_networks()]
+
+
+def per_device_batch_norm(network, devices):
+    """The same network, except that every device normalises by its own images: what must not happen."""
+
+    def apply(params, stats, images, *, train, key=None):
+        shares = images.reshape(devices, -1, *images.shape[1:])
+        outputs, stats = jax.vmap(lambda share: network.apply(params, stats, share, train=train, key=key))(shares)
+        outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+        return outputs, jax.tree.map(lambda a: a.mean(0), stats)
+
+    return gj.Network(apply, network.params, network.stats, network.mean, network.std)
+
+
+def train(student, teacher, goal, mesh, cases):
+    """Losses and final weights of three steps of each case, and the compiled program as text."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    step = gj.make_train_step(student, optimizer, goal, steps_per_dispatch=STEPS, mesh=mesh)
+    fixed = replicate((teacher, batch()), mesh)
+    program, found = None, {}
+    for case in cases:
+        state = gj.init_state(student, optimizer, goal, SHAPE, teacher=teacher)
+        state = replicate(state._replace(step=jnp.int32(STEPS * CASES.index(case))), mesh)
+        program = program or step.lower(state, *fixed).compile()
+        state, metrics = program(state, *fixed)
+        weights = jax.tree.leaves((state.params, state.stats, state.projections, state.projection_stats))
+        found[f"{case}/losses"] = np.asarray(metrics["loss"])
+        found[f"{case}/weights"] = np.concatenate([np.asarray(leaf).ravel() for leaf in weights])
+        found |= {f"{case}/{name}/raw": np.asarray(metrics[f"{name}/raw"]) for name in LOSSES if name in case}
+    return found, program.as_text()
+
+
+def transport(mesh):
+    """The compiled per-image transport and its gradient, alone."""
+
+    def loss(x, y):
+        outputs = gj.Outputs(x[:, 0, 0], (x,), x[:, 0, 0])
+        maps = {"student_maps": {"last": x}, "teacher_maps": {"last": y}}
+        record = terms.Record(jnp.zeros(BATCH, jnp.int32), outputs, outputs, **maps, per_image=per_image(mesh))
+        return terms.wasserstein(record)[0].mean()
+
+    shape = jax.ShapeDtypeStruct((BATCH, 2, 2, 8), jnp.float32, sharding=jax.NamedSharding(mesh, SPREAD))
+    return jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile().as_text()
+
+
+def meeting(mesh):
+    """A loop whose devices meet in every iteration, to ask whether all are done: what must not happen."""
+
+    def shrink(x):
+        return jax.lax.while_loop(lambda x: (x > 1e-3).any(), lambda x: x * 0.5, x)
+
+    shape = jax.ShapeDtypeStruct((BATCH, 4), jnp.float32, sharding=jax.NamedSharding(mesh, SPREAD))
+    return jax.jit(shrink).lower(shape).compile().as_text()
+
+
+def main(directory):
+    eight = data_mesh()
+    one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    student, teacher = networks()
+    for name, mesh in (("one", one), ("eight", eight)):
+        found, text = train(student, teacher, objective(), mesh, CASES)
+        np.savez(directory / f"{name}.npz", **found)
+        (directory / f"{name}.hlo").write_text(text)
+    alone = gj.Objective(objective().terms[:1])
+    found, _ = train(per_device_batch_norm(student, eight.size), None, alone, one, ["ce"])
+    np.savez(directory / "per_device.npz", **found)
+    (directory / "transport.hlo").write_text(transport(eight))
+    (directory / "meeting.hlo").write_text(meeting(eight))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

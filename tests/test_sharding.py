@@ -1,0 +1,283 @@
+"""Devices and processes: however many there are, the same training; and what the shell says when they do not fit."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from eight_devices import CASES
+from helpers import ROOT, tiny_config
+
+from gompertz_jax.training import loop, sharding
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.writer import read_metrics
+
+TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e-5 and 1e-7
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What tests/eight_devices.py found."""
+    directory = tmp_path_factory.mktemp("eight")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(directory)]
+    subprocess.run(command, check=True, env=environment, timeout=400)
+    return directory
+
+
+def distance(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_train_as_one(eight, case):
+    """Losses and weights after three steps of each term, and of all of them."""
+    one, several = np.load(eight / "one.npz"), np.load(eight / "eight.npz")
+    np.testing.assert_allclose(several[f"{case}/losses"], one[f"{case}/losses"], rtol=TOLERANCE)
+    assert distance(one[f"{case}/weights"], several[f"{case}/weights"]) < TOLERANCE
+    assert one[f"{case}/losses"][0] > 1e-3
+    if case != "all":
+        # The case is what it says it is: its loss is that term's alone.
+        np.testing.assert_allclose(one[f"{case}/losses"], one[f"{case}/{case}/raw"], rtol=1e-6)
+
+
+def test_normalising_each_device_s_images_alone_would_be_noticed(eight):
+    one, wrong = np.load(eight / "one.npz"), np.load(eight / "per_device.npz")
+    assert distance(one["ce/losses"], wrong["ce/losses"]) > 100 * TOLERANCE
+    assert abs(one["ce/losses"][0] - wrong["ce/losses"][0]) > 100 * TOLERANCE
+
+
+# --- what the compiled programs say -----------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
+
+
+def computations(text):
+    """The lines of each computation of an HLO module, by name; the entry's name is ENTRY."""
+    found, name = {}, None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = "ENTRY" if head[1] else head[2]
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def reached(found, start):
+    """The lines of a computation and of all that it calls."""
+    seen, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name in found and name not in seen:
+            seen.add(name)
+            # An operation names what it calls as it names its operands; only the former are computations.
+            waiting += re.findall(r"%([\w.\-]+)", "\n".join(found[name]))
+    return [line for name in seen for line in found[name]]
+
+
+def loops(text, *, inner):
+    """What every loop computes, conditions too; `inner` ones are not in the program's outermost computation."""
+    found = computations(text)
+    for name, lines in found.items():
+        for line in lines:
+            if " while(" in line and inner == (name != "ENTRY"):
+                parts = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+                yield [line for part in parts.groups() for line in reached(found, part)]
+
+
+def collectives(lines):
+    return [line for line in lines if COLLECTIVE.search(line)]
+
+
+def test_no_device_waits_for_another_within_the_transport(eight):
+    step, alone = (eight / "eight.hlo").read_text(), (eight / "transport.hlo").read_text()
+    training, *others = list(loops(step, inner=False))
+    assert collectives(training)
+    assert not others
+    for text in (step, alone):
+        within = list(loops(text, inner=True))
+        assert len(within) >= 2
+        assert not any(map(collectives, within))
+    # The one meeting is for the mean over the batch: nothing is gathered before or after the loop either.
+    assert {COLLECTIVE.search(line)[1] for line in collectives(alone.splitlines())} == {"all-reduce"}
+
+
+def test_a_device_that_waited_would_be_noticed(eight):
+    (within,) = loops((eight / "meeting.hlo").read_text(), inner=False)
+    assert collectives(within)
+
+
+# --- one device -------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_on_every_device_and_share_no_memory_with_a_donated_one():
+    mesh = sharding.data_mesh()
+    tree = {"a": jnp.arange(1000.0), "b": np.float64(0.5), "c": np.arange(3, dtype=np.uint8)}
+    copies = sharding.replicate(tree, mesh)
+    assert [leaf.dtype for leaf in jax.tree.leaves(copies)] == [jnp.float32, jnp.float32, jnp.uint8]
+    assert all(leaf.sharding.is_fully_replicated and leaf.committed for leaf in jax.tree.leaves(copies))
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(copies))
+    np.testing.assert_array_equal(tree["a"], np.arange(1000.0))
+    np.testing.assert_array_equal(tree["c"], [0, 1, 2])
+
+
+def test_with_one_process_work_is_done_here_and_its_failure_is_its_own():
+    assert sharding.is_main()
+    assert sharding.on_main(lambda: [1]) == sharding.together(lambda: [1]) == [1]
+    with pytest.raises(ZeroDivisionError):
+        sharding.on_main(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "message"),
+    [
+        (96, 8, None),
+        (7, 1, None),
+        (100, 8, "recipe.batch_size = 100 cannot be divided equally among 8 devices: take 96 or 104, or let the run"),
+        (5, 8, "among 8 devices: take 8, or let the run"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch, devices, message):
+    if message is None:
+        sharding.check_batch(batch, devices, "recipe.batch_size")
+    else:
+        with pytest.raises(RunError, match=re.escape(message)):
+            sharding.check_batch(batch, devices, "recipe.batch_size")
+
+
+@pytest.mark.parametrize("key", ["recipe.batch_size", "teacher.recipe.batch_size"])
+def test_a_run_refuses_such_a_batch_before_any_work(key, tmp_path, monkeypatch):
+    class Mesh:
+        size = 5
+
+    monkeypatch.setattr(loop, "data_mesh", Mesh)
+    batches = {"recipe.batch_size": 20, "teacher.recipe.batch_size": 20} | {key: 21}
+    with pytest.raises(RunError, match=f"^{key} = 21 cannot be divided equally among 5 devices: take 20 or 25"):
+        loop.train_and_evaluate(tiny_config(**batches), tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"coordinator": "here:1"}, "--coordinator was given without --processes and --process: all three"),
+        ({"process": 0}, "--process was given without --coordinator and --processes"),
+        ({"coordinator": "here:1", "processes": 2}, "--coordinator was given without --process:"),
+        ({"coordinator": "here", "processes": 2, "process": 0}, "--coordinator=here: must be HOST:PORT"),
+        ({"coordinator": "here:1", "processes": 2, "process": 2}, "--process=2: must lie in [0, 2)"),
+        ({"coordinator": "here:1", "detect": True}, "--distributed finds out by itself what --coordinator says"),
+    ],
+)
+def test_half_given_processes_are_refused(arguments, message):
+    with pytest.raises(RunError, match=re.escape(message)):
+        sharding.connect(**arguments)
+
+
+def test_a_first_process_that_never_appears_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(sharding, "START_SECONDS", 0.3)
+    with pytest.raises(RunError, match=r"--coordinator=localhost:\d+ cannot be reached .*is process 0 running there"):
+        sharding.connect(f"localhost:{free_port()}", 2, 1)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+STOP = "STOP_AFTER_CHECKPOINT"
+
+CONFIG = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers import smallest_networks, tiny_config
+from gompertz_jax.training.checkpoint import Checkpoints
+
+def get_config():
+    student, teacher = smallest_networks()
+    return tiny_config(**{{
+        "student.model": student, "teacher.model": teacher, "steps_per_dispatch": 13,
+        "recipe.epochs": 2, "teacher.recipe.epochs": 5,
+        "objective.terms.gradient.weight": "0", "objective.terms.wasserstein.weight": "0",
+    }})
+
+def save_and_die(self, step, *arguments, save=Checkpoints.save):
+    save(self, step, *arguments)
+    if step == int(os.environ["{STOP}"]):
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if "{STOP}" in os.environ:
+    Checkpoints.save = save_and_die
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start_two(config, workdir, log, **environment):
+    """The same command on two processes, as on two hosts."""
+    address = f"--coordinator=localhost:{free_port()}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    started = []
+    for process in range(2):
+        command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
+        with (log / f"{process}.log").open("a") as output:
+            command += [address, "--processes=2", f"--process={process}"]
+            started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+    return started
+
+
+def ended(processes, *, timeout=240):
+    """Their exit codes; if the first is killed, so are the others."""
+    try:
+        if processes[0].wait(timeout) == 0:
+            for process in processes:
+                process.wait(timeout)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
+def test_two_processes_train_save_and_resume_together_as_one(tmp_path):
+    """They are killed while the teacher trains, and go on together to the end of the student's training."""
+    config, log = tmp_path / "config.py", tmp_path / "log"
+    config.write_text(CONFIG)
+    log.mkdir()
+    codes = ended(start_two(config, tmp_path / "two", log, **{STOP: "26"}))
+    said = [(log / f"{process}.log").read_text() for process in range(2)]
+    assert codes[0] == -signal.SIGKILL, said
+    assert {"26"} <= {path.name for path in (tmp_path / "two/teacher/checkpoints").iterdir()} <= {"13", "26"}
+    codes = ended(start_two(config, tmp_path / "two", log))
+    said = [(log / f"{process}.log").read_text() for process in range(2)]
+    assert codes == [0, 0], said
+    assert "teacher: goes on from step 26 of 65" in said[0]
+    assert "x 2 in 2 processes" in said[0]
+    # One process speaks and writes; what both say is said by JAX's network library.
+    assert not [line for line in said[1].splitlines() if "[Gloo]" not in line]
+
+    namespace = {}
+    exec(CONFIG, namespace)
+    one = loop.train_and_evaluate(namespace["get_config"](), tmp_path / "one")
+    two = json.loads((tmp_path / "two/result.json").read_text())
+    for key in ("teacher_test_accuracy", "test_accuracy_last", "test_accuracy_best"):
+        assert two[key] == pytest.approx(one[key], abs=0.01)
+    assert two["config"] == one["config"]
+    for part in ("", "teacher"):
+        lines = [read_metrics(tmp_path / name / part / "metrics.jsonl") for name in ("one", "two")]
+        assert len({str([(line["step"], line["split"]) for line in run]) for run in lines}) == 1
+        for first, second in zip(*lines, strict=True):
+            for name in first.keys() & {"loss", "cross_entropy", "gradient_norm"}:
+                assert second[name] == pytest.approx(first[name], rel=1e-4), (part, first["step"], name)
+        networks = [jax.tree.leaves(load_network(tmp_path / name / part).params) for name in ("one", "two")]
+        weights = [np.concatenate([np.asarray(leaf).ravel() for leaf in leaves]) for leaves in networks]
+        assert distance(*weights) < 1e-4
