@@ -15,16 +15,13 @@ milliseconds per step with the fastest and slowest repetition, and the ratio is 
 import argparse
 import contextlib
 import json
-import os
-import platform
 import time
 from unittest import mock
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
+from _common import hardware, versions
 
 import gompertz_jax as gj
 from gompertz_jax.models import convolution
@@ -134,19 +131,6 @@ def measure(context, options):
     return seconds
 
 
-def hardware():
-    """The processor's or accelerator's name and how many cores or devices there are."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def main():
     """Print the table; write it as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,11 +145,11 @@ def main():
     if options.second_order and not options.teacher:
         parser.error("--second_order needs --teacher")
 
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
+    stack = versions("jax", "jaxlib", "flax")
     networks = f"{options.teacher} -> {options.student}" if options.teacher else options.student
     order = ", input gradients matched" if options.second_order else ""
     print(f"{networks}{order}, batch {options.batch}, 32x32x3, float32, {options.repetitions} repetitions")
-    print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
+    print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in stack.items())}\n")
     print(f"{'ms per step':<12}{'ours':>30}{'stock':>30}{'stock / ours':>14}")
     rows = {}
     for context in options.contexts:
@@ -177,7 +161,7 @@ def main():
         print(f"{context:<12}{text['ours']:>30}{text['stock']:>30}{ratio:>14.2f}", flush=True)
         rows[context] = {"seconds": seconds, "ratio_of_medians": ratio}
     if options.json:
-        record = {"options": vars(options), "versions": versions, "hardware": hardware(), "contexts": rows}
+        record = {"options": vars(options), "versions": stack, "hardware": hardware(), "contexts": rows}
         with open(options.json, "w") as file:
             json.dump(record, file, indent=2)
 
