@@ -1,6 +1,7 @@
 """What the benchmarks share: on which machine, with which versions and of which commit a figure is."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -52,3 +53,11 @@ def commit():
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def save_record(options, hardware, versions, **measured):
+    """Write what a benchmark measured to its `--json` file, where one was asked for, with what a figure must name."""
+    if options.json:
+        record = {"options": vars(options), "hardware": hardware, "versions": versions, "commit": commit(), **measured}
+        with open(options.json, "w") as file:
+            json.dump(record, file, indent=2)

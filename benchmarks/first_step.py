@@ -9,14 +9,13 @@ of the compiled step alone: tracing, compiling or loading, and one step of a bat
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 
-from _common import commit, processor, versions
+from _common import processor, save_record, versions
 
 START = """
 import sys, time
@@ -71,16 +70,7 @@ def main():
             line += f"{cold:>10.1f}{warm:>10.1f}{warm / cold:>10.2f}"
         print(line, flush=True)
         rows[pair] = starts
-    if options.json:
-        record = {
-            "options": vars(options),
-            "hardware": processor(),
-            "versions": found,
-            "commit": commit(),
-            "rows": rows,
-        }
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=2)
+    save_record(options, processor(), found, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ cancels. Images are noise of CIFAR's size: nothing here depends on what they sho
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _common import commit, hardware, versions
+from _common import hardware, save_record, versions
 
 import gompertz_jax as gj
 from gompertz_jax.training.config import build_objective, get_default
@@ -150,12 +149,7 @@ def main():
             print(f"{cells}{rounds[-1]['ratio']:>25.3f}", flush=True)
     ratios = [each["ratio"] for each in rounds]
     print(f"\nmedian {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), n = {len(ratios)}")
-    if options.json:
-        record = {
-            "options": vars(options), "hardware": hardware(), "versions": found, "commit": commit(), "rounds": rounds,
-        }  # fmt: skip
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=2)
+    save_record(options, hardware(), found, rounds=rounds)
 
 
 if __name__ == "__main__":

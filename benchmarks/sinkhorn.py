@@ -10,14 +10,13 @@ slowest repetition.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 
 import numpy as np
-from _common import commit, processor, versions
+from _common import commit, processor, save_record, versions
 from _worker import Worker, WorkerError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -109,17 +108,7 @@ def main():
                     f"{points:>6}  {kind:9}{cell(seconds['ours']):>26}{other:>28}{ratio:>12}{difference:>11}",
                     flush=True,
                 )
-    if options.json:
-        record = {
-            "options": vars(options),
-            "hardware": processor(),
-            "versions": versions("jax", "jaxlib", "ott-jax"),
-            "about": about,
-            "commit": commit(),
-            "rows": rows,
-        }
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=2)
+    save_record(options, processor(), versions("jax", "jaxlib", "ott-jax"), about=about, rows=rows)
 
 
 if __name__ == "__main__":

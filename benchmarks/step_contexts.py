@@ -14,14 +14,13 @@ milliseconds per step with the fastest and slowest repetition, and the ratio is 
 
 import argparse
 import contextlib
-import json
 import time
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import hardware, versions
+from _common import hardware, save_record, versions
 
 import gompertz_jax as gj
 from gompertz_jax.models import convolution
@@ -160,10 +159,7 @@ def main():
         text = {n: f"{medians[n]:.1f} ({v.min():.1f} to {v.max():.1f})" for n, v in cells.items()}
         print(f"{context:<12}{text['ours']:>30}{text['stock']:>30}{ratio:>14.2f}", flush=True)
         rows[context] = {"seconds": seconds, "ratio_of_medians": ratio}
-    if options.json:
-        record = {"options": vars(options), "versions": stack, "hardware": hardware(), "contexts": rows}
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=2)
+    save_record(options, hardware(), stack, contexts=rows)
 
 
 if __name__ == "__main__":

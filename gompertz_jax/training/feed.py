@@ -72,7 +72,7 @@ class Feed:
     def __init__(
         self, data: Images, *, seed: int, batch_size: int, augment: Config, steps_per_dispatch: int, mesh: Mesh
     ):
-        self._data, self._seed, self._batch_size, self._mesh = data, seed, batch_size, mesh
+        self._data, self._batch_size, self._mesh = data, batch_size, mesh
         self._steps = steps_per_dispatch
         self._augment = {"seed": seed, "padding": augment.padding, "flip": augment.flip}
         self._gathered: dict[int, Future[Held]] = {}

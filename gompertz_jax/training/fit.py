@@ -300,8 +300,8 @@ def make_survey(
       mesh: its devices.
 
     Returns:
-      `survey(state, best, teacher, held_out, classes, arrays) -> Findings`, compiled on first use: `classes` are the
-      teacher's of the held-out images, `arrays` what the next dispatch reads. Accuracies are exact counts.
+      `survey(state, best, teacher, held_out, classes, arrays) -> Findings`: `classes` are the teacher's of the held-out
+      images, `arrays` what the next dispatch reads. Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)
     report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
