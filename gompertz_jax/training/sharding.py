@@ -107,7 +107,7 @@ def data_mesh() -> Mesh:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies of a tree's arrays on every device of the mesh.
+    """A tree's arrays on every device of the mesh; what is there already is not copied again.
 
     Args:
       tree: arrays of the host or of a device, equal on all processes, which is not checked.
@@ -119,6 +119,8 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     sharding = NamedSharding(mesh, COPIED)
 
     def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
         array = np.asarray(leaf)
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
