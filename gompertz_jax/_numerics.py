@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -31,6 +32,14 @@ def raised(*arrays: Any) -> tuple[Array, ...]:
     """The arrays in one common dtype, at least float32."""
     dtype = compute_dtype(*arrays)
     return tuple(jnp.asarray(array, dtype) for array in arrays)
+
+
+def matmul(x: Array, y: Array) -> Array:
+    """Matrix product in full precision.
+
+    The default on an accelerator rounds to bfloat16 or TF32, too coarse for a difference of large numbers.
+    """
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def is_traced(value: Any) -> bool:

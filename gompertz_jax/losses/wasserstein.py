@@ -15,7 +15,7 @@ from ott.problems.linear.linear_problem import LinearProblem
 from ott.solvers.linear.acceleration import Momentum
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
-from .._numerics import Scalar, positive_count, positive_number, raised
+from .._numerics import Scalar, matmul, positive_count, positive_number, raised
 
 # Looking at the error costs half an iteration, looking too rarely costs iterations that were not needed.
 _ITERATIONS_BETWEEN_CHECKS = 5
@@ -198,13 +198,13 @@ def _transport(
     solve = partial(_solve, scale=scale, epsilon=epsilon, threshold=threshold, max_iterations=max_iterations)
 
     value, plan, diagnostics = solve(cost)
-    gradient = 2.0 * (jnp.sum(plan, axis=-1, keepdims=True) * x - _matmul(plan, y))
+    gradient = 2.0 * (jnp.sum(plan, axis=-1, keepdims=True) * x - matmul(plan, y))
     if debiased:
         student, student_plan, student_diagnostics = solve(_squared_distances(x, x), symmetric=True)
         teacher, _, teacher_diagnostics = solve(_squared_distances(y, y), symmetric=True)
         value = value - 0.5 * (student + teacher)
         # x is both arguments of its self term, and the plan is symmetric: twice the gradient, halved.
-        gradient = gradient - 2.0 * (jnp.sum(student_plan, axis=-1, keepdims=True) * x - _matmul(student_plan, x))
+        gradient = gradient - 2.0 * (jnp.sum(student_plan, axis=-1, keepdims=True) * x - matmul(student_plan, x))
         converged, iterations, error = zip(diagnostics, student_diagnostics, teacher_diagnostics, strict=True)
         diagnostics = (
             jnp.all(jnp.stack(converged), axis=0),
@@ -216,12 +216,7 @@ def _transport(
 
 def _squared_distances(x: Array, y: Array) -> Array:
     squared_norms = jnp.sum(jnp.square(x), axis=-1)[..., :, None] + jnp.sum(jnp.square(y), axis=-1)[..., None, :]
-    return jnp.maximum(squared_norms - 2.0 * _matmul(x, jnp.swapaxes(y, -1, -2)), 0.0)
-
-
-def _matmul(x: Array, y: Array) -> Array:
-    # The default on an accelerator rounds to bfloat16 or TF32, too coarse for a difference of large numbers.
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(squared_norms - 2.0 * matmul(x, jnp.swapaxes(y, -1, -2)), 0.0)
 
 
 def _solve(
@@ -374,7 +369,7 @@ def sliced_wasserstein(
     x, y = raised(x, jax.lax.stop_gradient(y))
     directions = jax.random.normal(key, (num_projections, x.shape[-1]), x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
-    projected_x, projected_y = (jnp.sort(_matmul(directions, jnp.swapaxes(cloud, -1, -2)), axis=-1) for cloud in (x, y))
+    projected_x, projected_y = (jnp.sort(matmul(directions, jnp.swapaxes(cloud, -1, -2)), axis=-1) for cloud in (x, y))
     return jnp.mean(jnp.square(projected_x - projected_y), axis=(-2, -1))
 
 
