@@ -21,7 +21,9 @@ from .objective import Record as Record
 from .objective import Term as Term
 from .objective import gompertz_objective as gompertz_objective
 from .objective import student_alone as student_alone
+from .schedules import ByProgress as ByProgress
 from .schedules import Schedule as Schedule
+from .schedules import by_progress as by_progress
 from .schedules import constant_schedule as constant_schedule
 from .schedules import cosine_schedule as cosine_schedule
 from .schedules import gompertz_schedule as gompertz_schedule

@@ -8,6 +8,7 @@ to the parameters of the curve. Parameters that are known before tracing are kep
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -184,46 +185,55 @@ def logistic_schedule(
     return weight
 
 
-def linear_schedule(total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0) -> Schedule:
-    r"""Weight on a straight line from `start` at step 0 to `end` at `total_steps`, held outside.
+def linear_schedule(
+    total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0, until: Scalar = 1.0
+) -> Schedule:
+    r"""Weight on a straight line from `start` at step 0 to `end` at a fraction of `total_steps`, held outside.
 
-    .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad \tau = \min(\max(t / T, 0), 1)
+    .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad \tau = \min(\max(t / (u \, T), 0), 1)
 
     Args:
       total_steps: number of training steps `T`, a positive integer.
       start: the weight up to step 0, finite.
-      end: the weight from `total_steps` on, finite.
+      end: the weight from the step `until * total_steps` on, finite.
+      until: the fraction `u` of `total_steps` at which `end` is reached, positive; a warm-up has a small one.
 
     Returns:
       The schedule: step `[...]` -> weight `[...]`.
 
     Raises:
-      ValueError: if `total_steps` is not positive, or `start` or `end` is not finite.
+      ValueError: if `total_steps` or `until` is not positive, or `start` or `end` is not finite.
 
     Examples:
       >>> import numpy as np, gompertz_jax as gj
       >>> print(gj.linear_schedule(100, start=1.0, end=0.0)(np.array([-5, 25, 100, 200])))
       [1.   0.75 0.   0.  ]
+      >>> warm_up = gj.linear_schedule(100, until=0.1)
+      >>> print(warm_up(np.array([0, 5, 10, 100])))
+      [0.  0.5 1.  1. ]
     """
-    return _between(total_steps, start, end, lambda tau: tau)
+    return _between(total_steps, start, end, until, lambda tau: tau)
 
 
-def cosine_schedule(total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0) -> Schedule:
-    r"""Weight along half a cosine period from `start` at step 0 to `end` at `total_steps`, held outside.
+def cosine_schedule(
+    total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0, until: Scalar = 1.0
+) -> Schedule:
+    r"""Weight along half a cosine period from `start` at step 0 to `end` at a fraction of `total_steps`, held outside.
 
     .. math:: w(t) = (1 - s) \, \text{start} + s \, \text{end}, \qquad s = (1 - \cos \pi \tau) / 2,
-       \quad \tau = \min(\max(t / T, 0), 1)
+       \quad \tau = \min(\max(t / (u \, T), 0), 1)
 
     Args:
       total_steps: number of training steps `T`, a positive integer.
       start: the weight up to step 0, finite.
-      end: the weight from `total_steps` on, finite.
+      end: the weight from the step `until * total_steps` on, finite.
+      until: the fraction `u` of `total_steps` at which `end` is reached, positive; a warm-up has a small one.
 
     Returns:
       The schedule: step `[...]` -> weight `[...]`.
 
     Raises:
-      ValueError: if `total_steps` is not positive, or `start` or `end` is not finite.
+      ValueError: if `total_steps` or `until` is not positive, or `start` or `end` is not finite.
 
     Examples:
       >>> import numpy as np, gompertz_jax as gj
@@ -235,19 +245,20 @@ def cosine_schedule(total_steps: int | np.integer, *, start: Scalar = 0.0, end: 
       https://arxiv.org/abs/1608.03983 (the shape; there it lowers a learning rate).
     """
     # sin^2 of half the angle is (1 - cos) / 2 without the cancellation near tau = 0.
-    return _between(total_steps, start, end, lambda tau: jnp.square(jnp.sin(0.5 * math.pi * tau)))
+    return _between(total_steps, start, end, until, lambda tau: jnp.square(jnp.sin(0.5 * math.pi * tau)))
 
 
 def _between(
-    total_steps: int | np.integer, start: Scalar, end: Scalar, progress_of: Callable[[Array], Array]
+    total_steps: int | np.integer, start: Scalar, end: Scalar, until: Scalar, part_of: Callable[[Array], Array]
 ) -> Schedule:
     steps = positive_count("total_steps", total_steps)
     start = finite_number("start", start)
     end = finite_number("end", end)
+    until = positive_number("until", until)
 
     def weight(step: Scalar) -> Float[Array, "..."]:
-        progress = progress_of(jnp.clip(_progress(step, steps, start, end), 0.0, 1.0))
-        return (1.0 - progress) * start + progress * end
+        part = part_of(jnp.clip(_progress(step, steps * until, start, end, until), 0.0, 1.0))
+        return (1.0 - part) * start + part * end
 
     return weight
 
@@ -308,6 +319,64 @@ def reversed_schedule(schedule: Schedule, total_steps: int | np.integer) -> Sche
         return schedule(last - steps)
 
     return weight
+
+
+@dataclass(frozen=True)
+class ByProgress:
+    """A weight that reads the student's progress instead of the clock.
+
+    A schedule is a function of the step, which says how much of the training is over, not how far the student is. This
+    one is a function of both, and the objective's `Progress` says what progress is.
+
+    Attributes:
+      value: `(progress, step) -> coefficient`, a pure function; progress lies in [0, 1].
+    """
+
+    value: Callable[[Any, Any], Any]
+
+
+def by_progress(curve: Schedule) -> ByProgress:
+    """The weight that `curve` has at the student's progress: a curve over one "step" is a curve over progress.
+
+    The Gompertz-CNN paper's abstract says that the curve is meant to reflect the student's learning progression; that
+    it is indexed by a measured one is our reading.
+
+    Args:
+      curve: progress in [0, 1] -> coefficient: a schedule made with `total_steps=1`.
+
+    Returns:
+      What a `Term` takes as its weight, or as one of its schedules, in an objective that measures progress.
+
+    Examples:
+      >>> import gompertz_jax as gj
+      >>> weight = gj.by_progress(gj.gompertz_schedule(1))
+      >>> round(float(weight.value(0.5, 1234)), 3)
+      0.912
+
+    References:
+      Yang and Qin, Gompertz-CNN, 2025, https://arxiv.org/abs/2510.21649.
+    """
+    return ByProgress(lambda progress, step: curve(progress))
+
+
+def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -> Any:
+    """The coefficient at a step, and at the student's progress where that is what the schedule reads.
+
+    Raises:
+      ValueError: it reads the progress, and none is measured.
+    """
+    if not isinstance(schedule, ByProgress):
+        return schedule(step)
+    if progress is None:
+        raise ValueError("a weight is by_progress(...), and the objective has progress=None: give it a gj.Progress()")
+    return schedule.value(progress, step)
+
+
+def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
+    """The product of two schedules, which reads the progress if either does."""
+    if isinstance(first, ByProgress) or isinstance(second, ByProgress):
+        return ByProgress(lambda progress, step: value_at(first, step, progress) * value_at(second, step, progress))
+    return lambda step: first(step) * second(step)
 
 
 def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> float:
@@ -382,7 +451,7 @@ def _weight_dtype(step: Any, *parameters: Any) -> Any:
     return compute_dtype(step, *(parameter for parameter in parameters if not isinstance(parameter, float)))
 
 
-def _progress(step: Any, total_steps: int, *parameters: Any) -> Array:
+def _progress(step: Any, total_steps: Any, *parameters: Any) -> Array:
     """Step / total_steps, in the dtype in which the curve with these parameters is computed."""
     return jnp.asarray(step, _weight_dtype(step, *parameters)) / total_steps
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 
 import gompertz_jax as gj
+from gompertz_jax.schedules import product, value_at
 
 STEPS = np.array([-50, 0, 1, 37, 201, 500, 999, 1000, 1500])
 
@@ -40,6 +41,11 @@ def cases():
         ),
         "linear": (gj.linear_schedule(1000, start=2.0, end=-1.0), 2.0 - 3.0 * held),
         "cosine": (gj.cosine_schedule(1000, start=0.5, end=2.0), 0.5 + 1.5 * (1.0 - np.cos(np.pi * held)) / 2.0),
+        "linear warm-up": (gj.linear_schedule(1000, until=0.25), np.clip(tau / 0.25, 0.0, 1.0)),
+        "cosine warm-up": (
+            gj.cosine_schedule(1000, end=3.0, until=0.5),
+            1.5 * (1.0 - np.cos(np.pi * np.clip(2.0 * tau, 0.0, 1.0))),
+        ),
         "constant": (gj.constant_schedule(0.3), np.full(len(STEPS), 0.3)),
         "reversed": (gj.reversed_schedule(gj.gompertz_schedule(1000), 1000), gompertz((999 - STEPS) / 1000, 1, 5, 8)),
     }
@@ -253,6 +259,7 @@ ILLEGAL = [
     (lambda: gj.logistic_schedule(10, asymptote=math.nan), "asymptote must be a finite number, got nan"),
     (lambda: gj.linear_schedule(0), "total_steps must be a positive integer, got 0"),
     (lambda: gj.linear_schedule(10, start=math.nan), "start must be a finite number, got nan"),
+    (lambda: gj.linear_schedule(10, until=0.0), "until must be a positive .*, got 0.0"),
     (lambda: gj.cosine_schedule(10, end=math.inf), "end must be a finite number, got inf"),
     (lambda: gj.constant_schedule(math.nan), "value must be a finite number, got nan"),
     (lambda: gj.reversed_schedule(gj.constant_schedule(1.0), 0), "total_steps must be a positive integer, got 0"),
@@ -287,3 +294,23 @@ def test_no_array_is_captured():
     schedule = gj.gompertz_schedule(10, displacement=jnp.asarray(5.0), rate=np.float64(8.0))
     captured = [cell.cell_contents for cell in schedule.__closure__ or ()]
     assert captured and not any(isinstance(value, (jax.Array, np.ndarray, np.generic)) for value in captured)
+
+
+def test_a_curve_by_progress_is_the_curve_over_the_fraction_and_not_over_the_step():
+    weight = gj.by_progress(gj.gompertz_schedule(1, displacement=3.0, rate=4.0))
+    for progress in (0.0, 0.2, 0.75, 1.0):
+        for step in (0, 10_000):
+            value = value_at(weight, step, jnp.float32(progress))
+            np.testing.assert_allclose(value, gompertz(progress, 1.0, 3.0, 4.0), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"progress=None: give it a gj.Progress\(\)"):
+        value_at(weight, 3)
+
+
+def test_a_product_reads_the_progress_if_either_side_does():
+    clock, driven = gj.linear_schedule(10), gj.by_progress(gj.linear_schedule(1))
+    np.testing.assert_allclose(product(clock, gj.constant_schedule(3.0))(5), 1.5)
+    for pair in ((clock, driven), (driven, clock)):
+        both = product(*pair)
+        assert isinstance(both, gj.ByProgress)
+        np.testing.assert_allclose(value_at(both, 5, 0.25), 0.125)
+    np.testing.assert_allclose(value_at(product(driven, driven), 0, 0.5), 0.25)
