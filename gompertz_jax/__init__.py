@@ -7,12 +7,40 @@ first use: `gompertz_jax.sinkhorn_distance` and `gompertz_jax.models` are looked
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .losses.features import attention_map as attention_map
+from .losses.features import attention_transfer as attention_transfer
+from .losses.features import hierarchical_context as hierarchical_context
+from .losses.features import hint_distance as hint_distance
+from .losses.features import neuron_selectivity as neuron_selectivity
+from .losses.features import pool_map as pool_map
+from .losses.features import variational_information as variational_information
+from .losses.gradients import contribution_map as contribution_map
+from .losses.gradients import cross_entropy_direction as cross_entropy_direction
+from .losses.gradients import gradient_attention_transfer as gradient_attention_transfer
 from .losses.gradients import gradient_distance as gradient_distance
 from .losses.gradients import gradient_matching as gradient_matching
 from .losses.gradients import input_gradient as input_gradient
+from .losses.gradients import jacobian_matching as jacobian_matching
+from .losses.gradients import label_class as label_class
 from .losses.gradients import pool_gradient as pool_gradient
+from .losses.gradients import random_direction as random_direction
+from .losses.gradients import sobolev_matching as sobolev_matching
+from .losses.gradients import top_class as top_class
 from .losses.logits import cross_entropy as cross_entropy
+from .losses.logits import decoupled_kl as decoupled_kl
+from .losses.logits import interclass_correlation as interclass_correlation
+from .losses.logits import multi_temperature_kl as multi_temperature_kl
 from .losses.logits import soft_target_kl as soft_target_kl
+from .losses.logits import standardize_logits as standardize_logits
+from .losses.relations import batch_correlation as batch_correlation
+from .losses.relations import class_correlation as class_correlation
+from .losses.relations import contrastive_representation as contrastive_representation
+from .losses.relations import correlation_congruence as correlation_congruence
+from .losses.relations import intraclass_correlation as intraclass_correlation
+from .losses.relations import probabilistic_transfer as probabilistic_transfer
+from .losses.relations import relational_angle as relational_angle
+from .losses.relations import relational_distance as relational_distance
+from .losses.relations import similarity_preserving as similarity_preserving
 from .network import Network as Network
 from .network import Outputs as Outputs
 from .objective import Objective as Objective
@@ -42,9 +70,14 @@ from .step import make_train_step as make_train_step
 if TYPE_CHECKING:
     from . import models as models
     from .losses.wasserstein import SinkhornDiagnostics as SinkhornDiagnostics
+    from .losses.wasserstein import class_distances as class_distances
+    from .losses.wasserstein import class_sinkhorn_distance as class_sinkhorn_distance
     from .losses.wasserstein import gaussian_wasserstein as gaussian_wasserstein
     from .losses.wasserstein import sinkhorn_distance as sinkhorn_distance
     from .losses.wasserstein import sliced_wasserstein as sliced_wasserstein
+    from .losses.wasserstein import target_cross_entropy as target_cross_entropy
+    from .losses.wasserstein import wasserstein_gaussians as wasserstein_gaussians
+    from .losses.wasserstein import wasserstein_logits as wasserstein_logits
 
 __version__ = "0.1.0"
 
@@ -52,9 +85,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "models": (".models", None),
     "SinkhornDiagnostics": (".losses.wasserstein", "SinkhornDiagnostics"),
+    "class_distances": (".losses.wasserstein", "class_distances"),
+    "class_sinkhorn_distance": (".losses.wasserstein", "class_sinkhorn_distance"),
     "gaussian_wasserstein": (".losses.wasserstein", "gaussian_wasserstein"),
     "sinkhorn_distance": (".losses.wasserstein", "sinkhorn_distance"),
     "sliced_wasserstein": (".losses.wasserstein", "sliced_wasserstein"),
+    "target_cross_entropy": (".losses.wasserstein", "target_cross_entropy"),
+    "wasserstein_gaussians": (".losses.wasserstein", "wasserstein_gaussians"),
+    "wasserstein_logits": (".losses.wasserstein", "wasserstein_logits"),
 }
 
 

@@ -42,6 +42,30 @@ def matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+def unit_vectors(vectors: Array) -> Array:
+    """Vectors at unit norm without overflow or underflow; zero stays zero, with a derivative of exactly 0."""
+    # A direction does not depend on the scale, so no derivative is lost by holding the scale constant.
+    largest = largest_magnitude(vectors, axis=-1)
+    is_zero = largest == 0.0
+    scaled = jnp.where(is_zero, 0.0, vectors / jnp.where(is_zero, 1.0, largest))
+    squared_norm = jnp.where(is_zero, 1.0, jnp.sum(jnp.square(scaled), axis=-1, keepdims=True))
+    return scaled / jnp.sqrt(squared_norm)
+
+
+def cosine_distance(x: Array, y: Array) -> Array:
+    """One minus the cosine over the last axis; 1, with a derivative of 0, where either side is zero."""
+    x, y = unit_vectors(x), unit_vectors(y)
+    have_directions = jnp.any(x != 0.0, axis=-1) & jnp.any(y != 0.0, axis=-1)
+    # |u - v|^2 / 2 is 1 - cos of unit vectors without the cancellation where they agree, and never negative.
+    return jnp.where(have_directions, 0.5 * jnp.sum(jnp.square(x - y), axis=-1), 1.0)
+
+
+def largest_magnitude(x: Array, axis: int | tuple[int, ...]) -> Array:
+    """Largest magnitude as a constant, with 0 for what is below the smallest normal number everywhere."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
+    return jnp.where(largest < jnp.finfo(x.dtype).tiny, 0.0, largest)  # NaN is kept and does not pass for zero
+
+
 def is_traced(value: Any) -> bool:
     """Whether the value is known only inside a transformation, so that nothing can be asked of it."""
     return isinstance(value, Tracer)

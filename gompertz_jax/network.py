@@ -1,6 +1,7 @@
 """What the objective and the step know of a network: one pure function, its arrays, and the images' normalisation."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +38,11 @@ class Network:
 
     A Network is a pytree whose leaves are its arrays (`apply` is static), so it can be an argument of `jax.jit`.
 
+    For gradients at a stage, `apply` also takes `offsets=None`: a tuple with one entry per map of `Outputs.features`,
+    each an array of that map's shape or None for none. It adds an offset to its map right where that map is recorded,
+    so that all that follows sees the sum, and `features` holds it. The derivative by an offset, at zero, is then the
+    gradient at that map. The networks of `gompertz_jax.models` take offsets; for any other loss no network needs to.
+
     Attributes:
       apply: the pure function above; `stats` comes back unchanged when `train` is False.
       params: what the optimiser changes.
@@ -47,7 +53,7 @@ class Network:
     Examples:
       A plain function is a network:
 
-      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> import jax, jax.numpy as jnp, gompertz_jax as gj
       >>> def apply(params, stats, images, *, train, key=None):
       ...     pooled = images.mean((1, 2))
       ...     return gj.Outputs(pooled @ params, (images,), pooled), stats
@@ -55,6 +61,20 @@ class Network:
       >>> outputs, _ = network.forward(jnp.full((2, 8, 8, 3), 0.75), train=False)
       >>> outputs.logits.shape, float(outputs.pooled[0, 0])
       ((2, 10), 1.0)
+
+      With `offsets` it has gradients at its stage:
+
+      >>> def apply(params, stats, images, *, train, key=None, offsets=None):
+      ...     if offsets is not None and offsets[0] is not None:
+      ...         images = images + offsets[0]
+      ...     pooled = images.mean((1, 2))
+      ...     return gj.Outputs(pooled @ params, (images,), pooled), stats
+      >>> network = gj.Network(apply, jnp.ones((3, 10)), {}, mean=0.5, std=0.25)
+      >>> def score(offset):
+      ...     outputs, _ = network.forward(jnp.ones((2, 8, 8, 3)), train=False, offsets=(offset,))
+      ...     return outputs.logits[:, 0].sum()
+      >>> print(jax.grad(score)(jnp.zeros((2, 8, 8, 3)))[0, 0, 0] * 64)
+      [1. 1. 1.]
     """
 
     apply: Callable[..., tuple[Outputs, PyTree]]
@@ -64,17 +84,33 @@ class Network:
     std: Any
 
     def forward(
-        self, images: Shaped[Array, "batch height width channels"], *, train: bool, key: Array | None = None
+        self,
+        images: Shaped[Array, "batch height width channels"],
+        *,
+        train: bool,
+        key: Array | None = None,
+        offsets: Sequence[Float[Array, "..."] | None] | None = None,
     ) -> tuple[Outputs, PyTree]:
         """Apply the network to common images in [0, 1], normalised by its own mean and std.
 
         Raises:
-          ValueError: the images are integers.
+          ValueError: the images are integers; `offsets` has not one entry per map, or `apply` does not take it.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
         images = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
-        return self.apply(self.params, self.stats, images, train=train, key=key)
+        if offsets is None:
+            return self.apply(self.params, self.stats, images, train=train, key=key)
+        parameters = inspect.signature(self.apply).parameters.values()
+        if not any(p.name == "offsets" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                "offsets: this network's apply does not take them, so it has no gradients at a stage; give it the "
+                "keyword offsets=None that gompertz_jax.Network describes, or take the gradient at the images"
+            )
+        outputs, stats = self.apply(self.params, self.stats, images, train=train, key=key, offsets=tuple(offsets))
+        if len(offsets) != len(outputs.features):
+            raise ValueError(f"offsets must have one entry per map, {len(outputs.features)}, got {len(offsets)}")
+        return outputs, stats
 
     def replace(self, **changes: Any) -> "Network":
         """The network with other arrays, for instance `network.replace(params=new_params)`."""

@@ -181,6 +181,181 @@ def test_jit_vmap_and_a_temperature_from_a_schedule():
     )
 
 
+# Variants of the soft targets: (gradients, values), compiled once per shape and dtype.
+def with_gradients(function):
+    def loss(student, teacher, *rest):
+        values = function(student, teacher, *rest)
+        return values.sum(), values
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+
+LABELS = jnp.asarray([0, 3, 6, 2, 2])
+
+
+def decoupled(student, teacher, **options):
+    labels = jnp.broadcast_to(LABELS % student.shape[-1], student.shape[:-1])
+    return gj.decoupled_kl(student, teacher, labels, **options)
+
+
+VARIANTS = {
+    "decoupled": with_gradients(decoupled),
+    "target_part": with_gradients(partial(decoupled, alpha=1.0, beta=0.0)),
+    "other_part": with_gradients(partial(decoupled, alpha=0.0, beta=1.0)),
+    "interclass": with_gradients(gj.interclass_correlation),
+    "multi_temperature": with_gradients(gj.multi_temperature_kl),
+    "standardized": with_gradients(
+        lambda s, t: gj.soft_target_kl(gj.standardize_logits(s), gj.standardize_logits(t), temperature=2.0)
+    ),
+}
+
+
+def reference_decoupled(student, teacher, alpha=1.0, beta=8.0, temperature=4.0):
+    values = []
+    for z, w, label in zip(student / temperature, teacher / temperature, np.asarray(LABELS), strict=True):
+        q, p = scipy.special.softmax(z), scipy.special.softmax(w)
+        others = np.arange(len(z)) != label
+        target = scipy.stats.entropy([p[label], p[others].sum()], [q[label], q[others].sum()])
+        rest = scipy.stats.entropy(p[others] / p[others].sum(), q[others] / q[others].sum())
+        values.append(temperature**2 * (alpha * target + beta * rest))
+    return np.array(values)
+
+
+def reference_interclass(student, teacher, temperature=4.0):
+    pairs = zip(student / temperature, teacher / temperature, strict=True)
+    return temperature**2 * np.array(
+        [1 - scipy.stats.pearsonr(scipy.special.softmax(z), scipy.special.softmax(w)).statistic for z, w in pairs]
+    )
+
+
+REFERENCES = {
+    "decoupled": reference_decoupled,
+    "target_part": partial(reference_decoupled, alpha=1.0, beta=0.0),
+    "other_part": partial(reference_decoupled, alpha=0.0, beta=1.0),
+    "interclass": reference_interclass,
+    "multi_temperature": lambda s, t: sum(reference_kl(s, t, temperature) for temperature in (2.0, 3.0, 4.0, 5.0, 6.0)),
+    "standardized": lambda s, t: reference_kl(scipy.stats.zscore(s, axis=-1), scipy.stats.zscore(t, axis=-1), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_their_formulas_with_their_derivatives(name):
+    student, teacher = logits(13, (5, 7)), logits(14, (5, 7))
+    value = VARIANTS[name](jnp.asarray(student), jnp.asarray(teacher))[1]
+    assert value.shape == (5,) and value.dtype == jnp.float32
+    # the standardised logits are those of a standard deviation larger by epsilon = 1e-7
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if name == "standardized" else {"rtol": 1e-10, "atol": 1e-13}
+    np.testing.assert_allclose(value, REFERENCES[name](student, teacher), rtol=3e-5, atol=2e-6)
+    with jax.enable_x64(True):
+        (to_student, to_teacher), value = VARIANTS[name](jnp.asarray(student), jnp.asarray(teacher))
+        assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, REFERENCES[name](student, teacher), **tolerance)
+    np.testing.assert_array_equal(to_teacher, 0.0)
+    for k in range(7):
+        up, down = (REFERENCES[name](student + h * np.eye(7)[k], teacher) for h in (1e-6, -1e-6))
+        np.testing.assert_allclose(np.asarray(to_student)[:, k], (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+def test_decoupled_kl_with_the_weights_of_the_soft_targets_is_their_divergence():
+    student, teacher = logits(15, (5, 7)), logits(16, (5, 7))
+    not_label = 1 - np.take_along_axis(scipy.special.softmax(teacher / 4.0, -1), np.asarray(LABELS)[:, None], -1)[:, 0]
+    with jax.enable_x64(True):
+        s, t = jnp.asarray(student), jnp.asarray(teacher)
+        combined = np.asarray(VARIANTS["target_part"](s, t)[1]) + not_label * VARIANTS["other_part"](s, t)[1]
+        np.testing.assert_allclose(combined, gj.soft_target_kl(s, t), rtol=1e-10)
+
+
+def test_decoupled_kl_keeps_what_a_certain_teacher_knows_of_the_other_classes():
+    # 1 - p is 0 in float32 where p = 1 - e^-50; what is left of it is not
+    teacher = np.array([[200.0, 4.0, 0.0]])
+    student = np.array([[200.0, 0.0, 0.0]])
+    value = gj.decoupled_kl(jnp.asarray(student), jnp.asarray(teacher), jnp.array([0]), alpha=0.0, beta=1.0)
+    np.testing.assert_allclose(value, reference_kl(student[:, 1:], teacher[:, 1:], 4.0), rtol=1e-5)
+    confident = gj.decoupled_kl(jnp.zeros((1, 3)), jnp.asarray(teacher), jnp.array([0]), beta=0.0)
+    np.testing.assert_allclose(confident, 16.0 * np.log(3.0), rtol=1e-5)
+
+
+def test_decoupled_kl_of_two_classes_is_all_in_the_label_and_a_label_out_of_range_is_nan():
+    student, teacher = jnp.asarray(logits(17, (5, 2))), jnp.asarray(logits(18, (5, 2)))
+    np.testing.assert_array_equal(VARIANTS["other_part"](student, teacher)[1], 0.0)
+    np.testing.assert_allclose(
+        VARIANTS["target_part"](student, teacher)[1], gj.soft_target_kl(student, teacher), rtol=1e-4, atol=1e-6
+    )
+    assert np.isnan(gj.decoupled_kl(jnp.zeros((1, 3)), jnp.ones((1, 3)), jnp.array([3]))[0])
+
+
+def test_interclass_correlation_is_blind_to_a_linear_change_of_the_probabilities():
+    teacher = np.array([[0.5, 0.3, 0.2]])
+    values = [
+        gj.interclass_correlation(jnp.log(a * teacher + (1 - a) / 3), jnp.log(teacher), temperature=1.0)
+        for a in (1.0, 0.4, -0.4, 0.0)
+    ]
+    np.testing.assert_allclose(np.ravel(values), [0.0, 0.0, 2.0, 1.0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3,), (2, 1, 2)])
+def test_standardized_logits_have_mean_zero_and_deviation_one_at_every_scale(shape):
+    z = logits(19, shape)
+    standardize = jax.jit(gj.standardize_logits)
+    for factor in (1.0, 1e-3, 1e30):
+        value = standardize(jnp.asarray(factor * z + 5.0 * factor, jnp.float32))
+        np.testing.assert_allclose(value, scipy.stats.zscore(z, axis=-1), rtol=1e-3, atol=1e-4)
+    value = standardize(jnp.asarray(z), epsilon=0.5)
+    np.testing.assert_allclose(
+        value, (z - z.mean(-1, keepdims=True)) / (z.std(-1, keepdims=True) + 0.5), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100])
+def test_equal_logits_are_standardized_to_zero_with_a_derivative_of_zero(classes):
+    z, cotangent = jnp.full((2, classes), 0.1), jnp.asarray(logits(20, (2, classes)))
+    value, pull_back = jax.vjp(gj.standardize_logits, z)
+    np.testing.assert_array_equal(value, 0.0)
+    np.testing.assert_array_equal(pull_back(cotangent)[0], 0.0)
+
+
+def variant_extremes():
+    student, teacher = logits(21, (5, 7)), logits(22, (5, 7))
+    large = np.zeros((5, 7))
+    large[np.arange(5), np.asarray(LABELS)], large[1, 0] = 1e4, -1e4
+    yield from [(large, -large), (student, large), (large, teacher), (large, large), (1e26 * large, large)]
+    yield from [(0 * student, teacher), (student, 0 * teacher), (np.full_like(student, 0.1), teacher)]
+    yield from [(student, student), (student, -student)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_extremes_of_the_variants_are_finite(name, dtype):
+    for student, teacher in variant_extremes():
+        (gradient, _), value = VARIANTS[name](jnp.asarray(student, dtype), jnp.asarray(teacher, dtype))
+        assert value.dtype == jnp.float32 and np.isfinite(value).all()
+        assert np.isfinite(gradient.astype(jnp.float32)).all()
+    if dtype == jnp.float32:
+        masked = np.where(np.arange(7) == 5, -np.inf, logits(23, (5, 7)))
+        if name in ("decoupled", "multi_temperature"):
+            (gradient, _), value = VARIANTS[name](jnp.asarray(masked), jnp.asarray(masked[::-1]))
+            assert np.isfinite(value).all() and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("temperature", [3.0, 5.0, 7.0])
+def test_a_temperature_known_to_the_compiler_is_as_good_as_a_traced_one(temperature):
+    # a constant divisor becomes a factor, and may be fused with what follows
+    student, teacher = 1e30 * jnp.eye(3), 1e4 * jnp.eye(3)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda s: gj.soft_target_kl(s, teacher, temperature=temperature).sum())
+    )(student)
+    np.testing.assert_array_equal(value, 0.0)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_agree_outside_of_jit_and_with_more_axes(name):
+    student, teacher = jnp.asarray(logits(24, (5, 7))), jnp.asarray(logits(25, (5, 7)))
+    with jax.disable_jit():
+        eager = VARIANTS[name](student[None], teacher[None])[1]
+    np.testing.assert_allclose(eager, VARIANTS[name](student, teacher)[1][None], rtol=1e-5, atol=1e-6)
+
+
 Z = jnp.zeros((2, 3))
 INFINITE = jnp.asarray(np.inf)
 ILLEGAL = [
@@ -191,6 +366,18 @@ ILLEGAL = [
     (lambda: gj.soft_target_kl(Z, Z, temperature=jnp.ones(2)), r"temperature must be .*, got an array of shape \(2,\)"),
     (lambda: gj.soft_target_kl(Z, jnp.zeros((2, 4))), r"same shape .*, got \(2, 3\) and \(2, 4\)"),
     (lambda: gj.soft_target_kl(Z, jnp.zeros(3)), r"same shape .*, got \(2, 3\) and \(3,\)"),
+    (lambda: gj.multi_temperature_kl(Z, Z, temperatures=()), r"temperatures must have at least one number, got \(\)"),
+    (lambda: gj.multi_temperature_kl(Z, Z, temperatures=(2.0, 0.0)), "temperatures must be a positive .*, got 0.0"),
+    (lambda: gj.multi_temperature_kl(Z, Z[:1]), r"same shape .*, got \(2, 3\) and \(1, 3\)"),
+    (lambda: gj.decoupled_kl(Z, Z[:1], jnp.zeros(2, int)), r"same shape .*, got \(2, 3\) and \(1, 3\)"),
+    (lambda: gj.decoupled_kl(Z, Z, jnp.zeros(3, int)), r"labels must have .*, got \(3,\) and \(2, 3\)"),
+    (lambda: gj.decoupled_kl(Z[:, :1], Z[:, :1], jnp.zeros(2, int)), r"at least two classes, got shape \(2, 1\)"),
+    (lambda: gj.decoupled_kl(Z, Z, jnp.zeros(2, int), alpha=-1.0), "alpha must be .* at least 0, got -1.0"),
+    (lambda: gj.decoupled_kl(Z, Z, jnp.zeros(2, int), beta=np.nan), "beta must be .* at least 0, got nan"),
+    (lambda: gj.decoupled_kl(Z, Z, jnp.zeros(2, int), temperature=0), "temperature must be .*, got 0.0"),
+    (lambda: gj.interclass_correlation(Z, Z[0]), r"same shape .*, got \(2, 3\) and \(3,\)"),
+    (lambda: gj.interclass_correlation(Z, Z, temperature=-1.0), "temperature must be .*, got -1.0"),
+    (lambda: gj.standardize_logits(Z, epsilon=0.0), "epsilon must be a positive .*, got 0.0"),
     (lambda: gj.cross_entropy(Z, jnp.zeros(3, int)), r"labels must have .*, got \(3,\) and \(2, 3\)"),
     (lambda: gj.cross_entropy(Z, jnp.zeros((2, 1), int)), r"labels must have .*, got \(2, 1\) and \(2, 3\)"),
     (

@@ -440,3 +440,120 @@ def test_normalisation_by_mean_and_std():
 def test_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         gj.models.create(name, key=jax.random.key(0), **{"num_classes": 10, **arguments})
+
+
+# Offsets: gradients at a stage
+
+STAGED = {"resnet8": {}, "mobilenetv2": {"width": 0.125, "stem": "cifar"}}
+
+
+def zero_offsets(network, images):
+    outputs, _ = jax.eval_shape(lambda network, images: network.forward(images, train=False), network, images)
+    return tuple(jnp.zeros(feature.shape, feature.dtype) for feature in outputs.features)
+
+
+# in training mode the small one alone: the other takes XLA half a minute there
+@pytest.mark.parametrize(("name", "train"), [("resnet8", False), ("resnet8", True), ("mobilenetv2", False)])
+def test_gradients_at_every_stage(name, train):
+    with jax.enable_x64(True):
+        network, images = small(name, classes=3, **STAGED[name])
+        network, images = jax.tree.map(jnp.asarray, (scrambled(network), np.asarray(images, "f8")))
+        zeros = zero_offsets(network, images)
+
+        @jax.jit
+        def score_and_gradients(offsets):
+            def score(offsets):
+                outputs, _ = network.forward(images, train=train, offsets=offsets)
+                return outputs.logits[:, 1].sum(), outputs.features
+
+            return jax.value_and_grad(score, has_aux=True)(offsets)
+
+        (score, features), gradients = score_and_gradients(zeros)
+        generator, h = np.random.default_rng(4), 1e-6
+        for stage, gradient in enumerate(gradients):
+            direction = generator.normal(size=gradient.shape)
+
+            def at(step, stage=stage, direction=direction):
+                return score_and_gradients((*zeros[:stage], jnp.asarray(step * direction), *zeros[stage + 1 :]))
+
+            ((ahead, shifted), _), ((behind, _), _) = at(h), at(-h)
+            np.testing.assert_allclose((gradient * direction).sum(), (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-8)
+            # the map that is recorded includes its offset, and those before it know nothing of it
+            np.testing.assert_allclose(shifted[stage] - features[stage], h * direction, rtol=1e-6, atol=1e-14)
+            for before in range(stage):
+                np.testing.assert_array_equal(shifted[before], features[before])
+
+        # logits = mean over positions @ kernel + bias
+        _, height, width, _ = features[-1].shape
+        kernel = network.params["head"]["kernel"][:, 1] / (height * width)
+        np.testing.assert_allclose(gradients[-1], np.broadcast_to(kernel, gradients[-1].shape), rtol=1e-12)
+        total = gj.contribution_map(features[-1], gradients[-1]).sum()
+        np.testing.assert_allclose(total, score - len(images) * network.params["head"]["bias"][1], rtol=1e-10)
+
+
+def test_second_order_at_a_stage_inside_scan_agrees_with_finite_differences():
+    with jax.enable_x64(True):
+        network, images = small(classes=3)
+        network, images = jax.tree.map(jnp.asarray, (scrambled(network), np.asarray(images, "f8")))
+        zeros = zero_offsets(network, images)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), network.params)
+        generator, h = np.random.default_rng(5), 1e-6
+        direction = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape)), params)
+        target = jnp.asarray(generator.normal(size=zeros[1].shape[:3]))
+
+        def loss(params):
+            def logits(offset):
+                learner = network.replace(params=params)
+                outputs, _ = learner.forward(images, train=True, offsets=(None, offset, None, None))
+                return outputs.logits, outputs.features[1]
+
+            logits, pull_back, feature_map = jax.vjp(logits, zeros[1], has_aux=True)
+            (gradient,) = pull_back(gj.top_class(logits))
+            return gj.gradient_distance(gj.contribution_map(feature_map, gradient), target).sum()
+
+        def body(params, step):
+            moved = jax.tree.map(lambda p, d: p + step * d, params, direction)
+            return params, jax.value_and_grad(loss)(moved)
+
+        _, (values, gradients) = jax.jit(lambda params: jax.lax.scan(body, params, jnp.array([-h, 0.0, h])))(params)
+        slope = sum(np.vdot(g[1], d) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+        np.testing.assert_allclose(slope, (values[2] - values[0]) / (2 * h), rtol=1e-5)
+        assert abs(slope) > 1e-3
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            # what follows the last nonlinearity adds nothing to a gradient: some biases get none
+            assert np.isfinite(leaf).all() and (leaf[1].any() or path[-1].key == "bias"), path
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_offsets_trace_one_addition_each_and_none_where_there_are_none(name):
+    network, images = small(name, **STAGED[name])
+    zeros = zero_offsets(network, images)
+
+    def program(**options):
+        return jax.make_jaxpr(lambda network, images: network.forward(images, train=False, **options))(network, images)
+
+    def primitives(jaxpr):
+        return sorted(equation.primitive.name for equation in jaxpr.eqns)
+
+    plain = program()
+    assert str(plain) == str(program(offsets=(None,) * len(zeros)))
+    assert primitives(program(offsets=zeros)) == sorted([*primitives(plain), *["add"] * len(zeros)])
+
+
+def test_offsets_of_a_bfloat16_network_keep_its_dtype():
+    network, images = small("resnet8", dtype=jnp.bfloat16)
+    zeros = tuple(jnp.zeros(zero.shape, jnp.float32) for zero in zero_offsets(network, images))
+    outputs, _ = jax.eval_shape(lambda offsets: network.forward(images, train=False, offsets=offsets), zeros)
+    assert {feature.dtype for feature in outputs.features} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_offsets_that_do_not_fit_are_refused(name):
+    network, images = small(name, **STAGED[name])
+    zeros = zero_offsets(network, images)
+    for wrong in (zeros[:-1], (*zeros, None), ()):
+        with pytest.raises(ValueError, match=f"offsets must have one entry per map, {len(zeros)}, got {len(wrong)}"):
+            jax.eval_shape(lambda offsets: network.forward(images, train=False, offsets=offsets), wrong)
+    for wrong in (zeros[-1][:1], zeros[-1][..., :1]):
+        with pytest.raises(ValueError, match=r"an offset must have the shape of its map, .* got"):
+            jax.eval_shape(lambda offsets: network.forward(images, train=False, offsets=offsets), (*zeros[:-1], wrong))

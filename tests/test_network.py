@@ -33,3 +33,61 @@ def test_arrays_are_leaves_and_the_function_is_static():
     np.testing.assert_allclose(jitted(doubled, images), 2 * jitted(NETWORK, images), rtol=1e-6)
     assert jitted._cache_size() == 1
     assert len(jax.tree.leaves(NETWORK)) == 3
+
+
+# Offsets: gradients at a stage
+
+
+def apply_with_stages(params, stats, images, *, train, key=None, offsets=None):
+    """Two maps of a network in plain jnp: tanh of a 1x1 convolution, then its square."""
+    first, second = (None, None) if offsets is None else offsets
+    x = jnp.tanh(images @ params["kernel"])
+    x = x if first is None else x + first
+    y = x**2
+    y = y if second is None else y + second
+    return gj.Outputs(y.mean((1, 2)) @ params["head"], (x, y), y.mean((1, 2))), stats
+
+
+STAGED = gj.Network(
+    apply_with_stages, {"kernel": jnp.eye(3), "head": jnp.arange(6.0).reshape(3, 2)}, {}, mean=0.5, std=0.25
+)
+
+
+def test_offsets_are_handed_on_and_give_the_gradient_at_a_map():
+    images = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3))
+    zeros = jnp.zeros_like(images)
+    features = STAGED.forward(images, train=False)[0].features
+
+    def score(offsets):
+        return STAGED.forward(images, train=False, offsets=offsets)[0].logits[:, 1].sum()
+
+    first, second = jax.grad(score)((zeros, zeros))
+    np.testing.assert_allclose(second, jnp.broadcast_to(STAGED.params["head"][:, 1] / 16, zeros.shape), rtol=1e-6)
+    np.testing.assert_allclose(first, 2 * features[0] * STAGED.params["head"][:, 1] / 16, rtol=1e-6)
+    alone = jax.grad(lambda offset: score((None, offset)))(zeros)
+    np.testing.assert_array_equal(alone, second)
+
+
+def test_a_network_without_offsets_is_called_as_before():
+    calls = []
+
+    def recording(params, stats, images, **keywords):
+        calls.append(set(keywords))
+        return apply(params, stats, images, train=False)
+
+    network = gj.Network(recording, jnp.eye(3), {}, mean=0.0, std=1.0)
+    images = jnp.ones((1, 4, 4, 3))
+    network.forward(images, train=True)
+    network.forward(images, train=True, offsets=None)
+    # `**keywords` counts as taking offsets
+    network.forward(images, train=True, offsets=(None,))
+    assert calls == [{"train", "key"}, {"train", "key"}, {"train", "key", "offsets"}]
+
+
+def test_offsets_that_cannot_be_used_are_refused():
+    images = jnp.ones((1, 4, 4, 3))
+    with pytest.raises(ValueError, match=r"offsets: this network's apply does not take them.*gompertz_jax.Network"):
+        NETWORK.forward(images, train=False, offsets=(images,))
+    tolerant = gj.Network(lambda *arrays, **_: apply(*arrays, train=False), jnp.eye(3), {}, mean=0.0, std=1.0)
+    with pytest.raises(ValueError, match="offsets must have one entry per map, 1, got 2"):
+        tolerant.forward(images, train=False, offsets=(None, None))

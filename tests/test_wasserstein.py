@@ -10,7 +10,7 @@ import scipy.optimize
 import scipy.special
 
 import gompertz_jax as gj
-from gompertz_jax.losses import wasserstein
+from gompertz_jax.losses import _sinkhorn
 
 sinkhorn_and_gradient = jax.value_and_grad(
     lambda x, y, epsilon, **options: gj.sinkhorn_distance(x, y, epsilon=epsilon, **options).sum()
@@ -244,9 +244,11 @@ def test_examples_do_not_know_of_each_other():
 def test_both_ways_to_batch_agree():
     # The way of the accelerators, which a CPU never takes by itself.
     cost = jnp.asarray(np.random.default_rng(12).uniform(0.0, 2.0, (5, 7, 6)), jnp.float32)
-    solver = wasserstein.Sinkhorn(threshold=1e-3, inner_iterations=5, max_iterations=100)
-    in_turn = jax.jit(lambda cost: wasserstein._iterate_in_turn(solver, cost, jnp.float32(0.02)))(cost)
-    in_lockstep = jax.jit(lambda cost: wasserstein._iterate_in_lockstep(solver, cost, jnp.float32(0.02)))(cost)
+    weights = jnp.full((5, 7), 1 / 7), jnp.full((5, 6), 1 / 6)
+    solver = _sinkhorn.Sinkhorn(threshold=1e-3, inner_iterations=5, max_iterations=100)
+    iterate = partial(_sinkhorn._balanced, solver, jnp.float32(0.02))
+    in_turn = jax.jit(partial(_sinkhorn._in_turn, iterate))(cost, *weights)
+    in_lockstep = jax.jit(partial(_sinkhorn._in_lockstep, iterate))(cost, *weights)
     for one, other in zip(in_turn, in_lockstep, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     x, y = (jnp.asarray(cloud) for cloud in clouds(13, 5, 6, 3, batch=(2,)))

@@ -1,15 +1,20 @@
-"""Losses between input gradients: how both networks' scores react to the same change of the image."""
+"""Losses between gradients: how both networks' scores react to the same change of the image, or of a stage's map.
+
+A gradient is the pull-back of a cotangent of the logits, `[B, K]`. `top_class`, `label_class`, `random_direction` and
+`cross_entropy_direction` make such cotangents: one forward pass under `jax.vjp` serves all of them.
+"""
 
 from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from .._numerics import positive_count, raised
+from .._numerics import compute_dtype, cosine_distance, positive_count, raised
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
+LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch classes"]]
 
 _KINDS = ("cosine", "l2", "normalized_l2")
 
@@ -144,27 +149,13 @@ def gradient_distance(
     student, teacher = student.reshape(batch, -1), teacher.reshape(batch, -1)
     if kind == "l2":
         return jnp.sum(jnp.square(student - teacher), axis=-1)
-    student_direction, student_is_zero = _direction(student)
-    teacher_direction, teacher_is_zero = _direction(teacher)
-    # |u - v|^2 / 2 is 1 - cos of unit vectors without the cancellation where they agree, and never negative.
-    squared = jnp.sum(jnp.square(student_direction - teacher_direction), axis=-1)
-    cosine = jnp.where(student_is_zero | teacher_is_zero, 1.0, 0.5 * squared)
+    cosine = cosine_distance(student, teacher)
     return cosine if kind == "cosine" else 2.0 * cosine
 
 
 def _check_kind(kind: str) -> None:
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-
-
-def _direction(vectors: Float[Array, "batch size"]) -> tuple[Float[Array, "batch size"], Array]:
-    """Unit vectors, and which vectors were zero and have none (zeros stand in for their direction)."""
-    # A direction does not depend on the scale, so no derivative is lost by holding the scale constant.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, initial=0.0))
-    is_zero = largest < jnp.finfo(vectors.dtype).tiny  # False for NaN, which must not pass for zero
-    scaled = jnp.where(is_zero[:, None], 0.0, vectors / jnp.where(is_zero, 1.0, largest)[:, None])
-    squared_norm = jnp.where(is_zero, 1.0, jnp.sum(jnp.square(scaled), axis=-1))
-    return scaled / jnp.sqrt(squared_norm)[:, None], is_zero
 
 
 def gradient_matching(
@@ -213,3 +204,359 @@ def gradient_matching(
     _check_kind(kind)
     teacher_gradient = jax.lax.stop_gradient(input_gradient(teacher_score_fn, images))
     return gradient_distance(input_gradient(student_score_fn, images), teacher_gradient, kind=kind)
+
+
+def top_class(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    r"""The score of the class that a network finds most likely, as a cotangent of the logits.
+
+    .. math:: v_k = [k = \arg\max_j z_j]
+
+    The teacher's serves both networks, so that both are asked about the same class. It is constant where it is
+    differentiated.
+
+    Args:
+      logits: the teacher's, `[..., K]`; of equal ones the first is the largest.
+
+    Returns:
+      One one-hot vector per example, `[..., K]`, in at least float32.
+
+    Raises:
+      ValueError: if `logits` is a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> print(gj.top_class(jnp.array([[1.0, 3.0, 2.0]])))
+      [[0. 1. 0.]]
+
+    References:
+      Srinivas and Fleuret, Knowledge Transfer with Jacobian Matching, 2018, https://arxiv.org/abs/1803.00443.
+    """
+    _check_logits(logits)
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=compute_dtype(logits))
+
+
+def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."]) -> Float[Array, "*batch classes"]:
+    r"""The score of the labelled class, as a cotangent of the logits.
+
+    .. math:: v_k = [k = y]
+
+    Args:
+      logits: of either network, `[..., K]`: their shape and dtype alone are read.
+      labels: classes y, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
+
+    Returns:
+      One one-hot vector per example, `[..., K]`, in at least float32.
+
+    Raises:
+      ValueError: if `labels` has not the shape of `logits` less its last axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> print(gj.label_class(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([2])))
+      [[0. 0. 1.]]
+
+    References:
+      Simonyan, Vedaldi and Zisserman, Deep Inside Convolutional Networks, 2014, https://arxiv.org/abs/1312.6034.
+    """
+    if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of logits without its last axis, got {labels.shape} and {logits.shape}"
+        )
+    classes = logits.shape[-1]
+    one_hot = jax.nn.one_hot(labels, classes, dtype=compute_dtype(logits))
+    # Zeros would make a gradient of zero, which the cosine takes for one without a direction.
+    return jnp.where(((labels >= 0) & (labels < classes))[..., None], one_hot, jnp.nan)
+
+
+def cross_entropy_direction(
+    logits: Float[Array, "*batch classes"], labels: Int[Array, "..."]
+) -> Float[Array, "*batch classes"]:
+    r"""The cross-entropy with the labels, as a cotangent of the logits.
+
+    .. math:: v_k = \frac{\partial}{\partial z_k} (-\ln q_y) = q_k - [k = y], \qquad q = \mathrm{softmax}(z)
+
+    Differentiable in the logits: a loss of the student's input gradient also changes the student through this factor.
+    Exact to a few roundings also where the labelled class is almost certain, as with most teachers: its entry is the
+    sum of the others' probabilities, not one minus its own. There the vector is nearly zero, and so is the gradient.
+
+    Args:
+      logits: of the network whose gradient is taken, `[..., K]`.
+      labels: classes y, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
+
+    Returns:
+      One vector of sum 0 per example, `[..., K]`, in at least float32.
+
+    Raises:
+      ValueError: if `labels` has not the shape of `logits` less its last axis.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> print(gj.cross_entropy_direction(jnp.array([[0.0, 0.0], [9.0, 9.0]]), jnp.array([0, 1])))
+      [[-0.5  0.5]
+       [ 0.5 -0.5]]
+
+    References:
+      Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, https://arxiv.org/abs/1612.03928, section 3.2.
+    """
+    label = label_class(logits, labels)
+    (logits,) = raised(logits)
+    others = jax.nn.softmax(logits) * (1.0 - label)
+    return others - label * jnp.sum(others, axis=-1, keepdims=True)
+
+
+def random_direction(logits: Float[Array, "..."], *, key: Array) -> Float[Array, "..."]:
+    r"""A projection of the logits onto a random vector, as a cotangent of the logits.
+
+    .. math:: v = \frac{n}{|n|}, \quad n \sim \mathcal{N}(0, I_K), \qquad E[v v^\top] = I / K
+
+    Uniform on the unit sphere, and drawn anew for every example. Averaged over draws, the squared norm of
+    :math:`J^\top v` is the squared Frobenius norm of the Jacobian J, divided by K.
+
+    Args:
+      logits: of either network, `[..., K]`: their shape and dtype alone are read.
+      key: random key; equal keys give equal vectors.
+
+    Returns:
+      One unit vector per example, `[..., K]`, in at least float32.
+
+    Raises:
+      ValueError: if `logits` is a scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, gompertz_jax as gj
+      >>> direction = gj.random_direction(jnp.zeros((2, 10)), key=jax.random.key(0))
+      >>> print(jnp.square(direction).sum(-1).round(5))
+      [1. 1.]
+
+    References:
+      Czarnecki et al., Sobolev Training for Neural Networks, 2017, https://arxiv.org/abs/1706.04859.
+    """
+    _check_logits(logits)
+    normal = jax.random.normal(key, logits.shape, compute_dtype(logits))
+    norm = jnp.linalg.norm(normal, axis=-1, keepdims=True)
+    return normal / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+
+
+def _check_logits(logits: Array) -> None:
+    if logits.ndim == 0:
+        raise ValueError(f"logits must have the shape [..., K], got {logits.shape}")
+
+
+def jacobian_matching(
+    student_fn: LogitsFn, teacher_fn: LogitsFn, images: Float[Array, "batch height width channels"]
+) -> Float[Array, " batch"]:
+    r"""Distance between both networks' normalised input gradients of the logit of the teacher's top class.
+
+    .. math:: \left| \frac{g}{|g|} - \frac{h}{|h|} \right|^2, \qquad
+       g = \nabla_x z^S_m, \quad h = \nabla_x z^T_m, \quad m = \arg\max_k z^T_k
+
+    One row of the Jacobian stands for all K, which would cost K backward passes. Ready to sit inside an outer
+    `jax.grad` with respect to what `student_fn` closes over; the teacher is a constant there. BatchNorm in training
+    mode couples the images of a batch, see `input_gradient`. `gradient_distance` says what a zero gradient gives.
+
+    Args:
+      student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
+      teacher_fn: the same of the teacher.
+      images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
+
+    Returns:
+      One value per image, `[B]`, 0 to 4.
+
+    Raises:
+      ValueError: if a function does not return logits `[B, K]`, or K differs.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> images = jnp.ones((1, 1, 2, 1))
+      >>> student, teacher = jnp.array([[1.0, 5.0], [1.0, 2.0]]), jnp.array([[1.0, 0.0], [0.0, 0.0]])
+      >>> loss = gj.jacobian_matching(
+      ...     lambda x: x.reshape(1, 2) @ student, lambda x: x.reshape(1, 2) @ teacher, images
+      ... )
+      >>> print(loss.round(4))  # between (1, 1) and (1, 0): 2 - 2 cos 45°
+      [0.5858]
+
+    References:
+      Srinivas and Fleuret, Knowledge Transfer with Jacobian Matching, 2018, https://arxiv.org/abs/1803.00443. The
+      public figure for its weight is that of AberHu's Knowledge-Distillation-Zoo (example_train_script.sh, "sobolev"):
+      20 on CIFAR-10 for the mean over the 3,072 entries of an image, which is 20 / 3072 = 0.0065 for the sum here; it
+      takes the class of the label where the class here is the teacher's.
+    """
+
+    def direction(_: Array, teacher_logits: Array) -> tuple[Array, Array]:
+        top = top_class(teacher_logits)
+        return top, top
+
+    return _distance_of_pullbacks(student_fn, teacher_fn, images, direction, kind="normalized_l2")
+
+
+def sobolev_matching(
+    student_fn: LogitsFn, teacher_fn: LogitsFn, images: Float[Array, "batch height width channels"], *, key: Array
+) -> Float[Array, " batch"]:
+    r"""Squared distance between both networks' Jacobians, projected onto one random direction of the logits.
+
+    .. math:: |\nabla_x \langle z^S, v \rangle - \nabla_x \langle z^T, v \rangle|^2, \qquad
+       v \text{ uniform on the unit sphere}, \qquad E_v = \frac{1}{K} \|J^S - J^T\|_F^2
+
+    The stochastic form of Sobolev training: one backward pass a network stands for the K of a whole Jacobian. Each
+    image has a direction of its own, the same for both networks (`random_direction`). It is the logits that are
+    projected, not the log-probabilities: those differ by the gradient of the normaliser, which puts the whole softmax
+    into every projection. In squared units of logits per unit of the images; a smaller image has a larger one. Ready to
+    sit inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a constant there.
+
+    Args:
+      student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
+      teacher_fn: the same of the teacher.
+      images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
+      key: random key, a new one at every step.
+
+    Returns:
+      One value per image, `[B]`.
+
+    Raises:
+      ValueError: if a function does not return logits `[B, K]`, or K differs.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, gompertz_jax as gj
+      >>> images = jnp.ones((1, 1, 2, 1))
+      >>> loss = gj.sobolev_matching(
+      ...     lambda x: 3.0 * x.reshape(1, 2), lambda x: x.reshape(1, 2), images, key=jax.random.key(0)
+      ... )
+      >>> print(loss.round(4))  # the Jacobians differ by 2 I: 4 |v|^2
+      [4.]
+
+    References:
+      Czarnecki et al., Sobolev Training for Neural Networks, 2017, https://arxiv.org/abs/1706.04859: added with weight
+      1 to the loss between the networks' outputs, by any distance; the squared one here.
+    """
+
+    def direction(_: Array, teacher_logits: Array) -> tuple[Array, Array]:
+        projection = random_direction(teacher_logits, key=key)
+        return projection, projection
+
+    return _distance_of_pullbacks(student_fn, teacher_fn, images, direction, kind="l2")
+
+
+def gradient_attention_transfer(
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: Float[Array, "batch height width channels"],
+    labels: Int[Array, "..."],
+) -> Float[Array, " batch"]:
+    r"""Squared distance between the input gradients of each network's own cross-entropy with the labels.
+
+    .. math:: |J_S - J_T|^2, \qquad J = \nabla_x (-\ln q_y), \quad q = \mathrm{softmax}(z)
+
+    The teacher's gradient vanishes where it is certain of the label: there the loss is the squared norm of the
+    student's. Ready to sit inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a
+    constant there. BatchNorm in training mode couples the images of a batch, see `input_gradient`.
+
+    Args:
+      student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
+      teacher_fn: the same of the teacher.
+      images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
+      labels: classes y, integers from 0 to K - 1, `[B]`. Any other label gives NaN.
+
+    Returns:
+      One value per image, `[B]`, in squared nats per unit of the images.
+
+    Raises:
+      ValueError: if a function does not return logits `[B, K]`, K differs, or `labels` is not `[B]`.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> images = jnp.zeros((1, 1, 2, 1))
+      >>> loss = gj.gradient_attention_transfer(
+      ...     lambda x: 3.0 * x.reshape(1, 2), lambda x: x.reshape(1, 2), images, jnp.array([0])
+      ... )
+      >>> print(loss.round(4))  # J_S = 3 (-1/2, 1/2), J_T = (-1/2, 1/2)
+      [2.]
+
+    References:
+      Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, https://arxiv.org/abs/1612.03928, section 3.2:
+      weight beta / 2. The norm is printed there without its square, and differentiated to beta (J_S - J_T), as the
+      squared one is. The released code (szagoruyko/attention-transfer) has the activation-based form alone, and so no
+      beta for this one.
+    """
+
+    def direction(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
+        return cross_entropy_direction(student_logits, labels), cross_entropy_direction(teacher_logits, labels)
+
+    return _distance_of_pullbacks(student_fn, teacher_fn, images, direction, kind="l2")
+
+
+def _distance_of_pullbacks(
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: Array,
+    directions: Callable[[Array, Array], tuple[Array, Array]],
+    *,
+    kind: str,
+) -> Array:
+    """Distance between the input gradients along `directions(student logits, teacher logits)`, of one forward each."""
+    (images,) = raised(images)
+    student_logits, pull_student = jax.vjp(lambda images: _logits("student_fn", student_fn, images), images)
+    teacher_logits, pull_teacher = jax.vjp(lambda images: _logits("teacher_fn", teacher_fn, images), images)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_fn and teacher_fn must return logits of the same shape [B, K], "
+            f"got {student_logits.shape} and {teacher_logits.shape}"
+        )
+    student, teacher = directions(student_logits, teacher_logits)
+    (student_gradient,) = pull_student(student.astype(student_logits.dtype))
+    (teacher_gradient,) = pull_teacher(teacher.astype(teacher_logits.dtype))
+    return gradient_distance(student_gradient, teacher_gradient, kind=kind)
+
+
+def _logits(name: str, logits_fn: LogitsFn, images: Array) -> Array:
+    (logits,) = raised(logits_fn(images))
+    if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
+        raise ValueError(f"{name} must return logits of the shape ({images.shape[0]}, K), got {logits.shape}")
+    return logits
+
+
+def contribution_map(
+    feature_map: Float[Array, "batch height width channels"], gradient: Float[Array, "..."]
+) -> Float[Array, "batch height width"]:
+    r"""How much each position of a stage's map adds to a score, to first order.
+
+    .. math:: m_{yx} = \sum_c a_{yxc} \, \frac{\partial s}{\partial a_{yxc}}
+
+    The sum over the channels of activation times gradient, with its sign. It is what the score would lose to first
+    order if the position were set to zero, in units of the score and whatever the width of the map: so two networks of
+    different widths can be compared at a stage, by `gradient_distance` (and `pool_gradient` of `m[..., None]`). Both
+    maps must have one size then: pool the larger one's contributions first, `pool_map(m[..., None], size)`. Between
+    the last map and a linear classifier after the mean, the contributions of all positions add up to the logit less
+    its bias. Neither argument is held constant: the student's part of a loss is differentiated through both.
+
+    That two networks are matched by it at a stage is our reconstruction; no paper is known to do this.
+
+    Args:
+      feature_map: the map a of a stage, `[B, h, w, c]`.
+      gradient: the gradient of a score at that map, the same shape; `Network.forward` takes `offsets` for it.
+
+    Returns:
+      One map per image, `[B, h, w]`, in units of the score and at least float32.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, gompertz_jax as gj
+      >>> weight = jnp.array([1.0, -1.0])
+      >>> feature_map = jnp.array([[2.0, 1.0], [0.0, 3.0]]).reshape(1, 1, 2, 2)
+      >>> gradient = jax.grad(lambda a: (a @ weight).sum())(feature_map)
+      >>> print(gj.contribution_map(feature_map, gradient))
+      [[[ 1. -3.]]]
+
+    References:
+      Related, as explanations: Shrikumar et al., Not Just a Black Box, 2016, https://arxiv.org/abs/1605.01713 (gradient
+      times input); Selvaraju et al., Grad-CAM, 2017, https://arxiv.org/abs/1610.02391 (gradients averaged over the
+      positions first, negative sums cut off).
+    """
+    if feature_map.shape != gradient.shape:
+        raise ValueError(
+            f"feature_map and gradient must have the same shape [B, h, w, c], "
+            f"got {feature_map.shape} and {gradient.shape}"
+        )
+    feature_map, gradient = raised(feature_map, gradient)
+    return jnp.sum(feature_map * gradient, axis=-1)

@@ -87,7 +87,7 @@ def create(
     Any height and width will do. Parameters and statistics are float32 in plain nested dicts; `dtype` is that of the
     arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at least float32
     (and that a float32 network computes in float64 for float64 images). Networks of one name and the same options
-    share one `apply`, so that `jax.jit` compiles a function of them once.
+    share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at a stage.
 
     Args:
       name: one of `names()`.
@@ -162,12 +162,13 @@ def _functional(
         *,
         train: bool,
         key: Array | None = None,
+        offsets: Sequence[Float[Array, "..."] | None] | None = None,
     ) -> tuple[Outputs, PyTree]:
         """The forward pass; `key` is unused, as none of these networks draws random numbers."""
         del key
         raised = jnp.promote_types(dtype, images.dtype) if dtype == jnp.float32 else dtype
         module = nnx.merge(graphdef, params, stats)
-        outputs = module(images.astype(raised), train=train)
+        outputs = module(images.astype(raised), train=train, offsets=offsets)
         return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)) if train else stats
 
     @jax.jit

@@ -1,6 +1,7 @@
 """The layers of the networks here: parameters in float32, arithmetic in the dtype of the images they receive."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,26 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
+
+
+def one_per_map(offsets: Sequence[Array | None] | None, maps: int) -> Sequence[Array | None]:
+    """The offset of every map that a network records, None where there is none; see `gompertz_jax.Network`."""
+    if offsets is None:
+        return (None,) * maps
+    if len(offsets) != maps:
+        raise ValueError(f"offsets must have one entry per map, {maps}, got {len(offsets)}")
+    return offsets
+
+
+def shifted(
+    x: Float[Array, "batch height width channels"], offset: Float[Array, "..."] | None
+) -> Float[Array, "batch height width channels"]:
+    """A map with its offset; without one nothing is traced."""
+    if offset is None:
+        return x
+    if offset.shape != x.shape:
+        raise ValueError(f"an offset must have the shape of its map, {x.shape}, got {offset.shape}")
+    return x + offset.astype(x.dtype)
 
 
 def max_pool_3x3(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:

@@ -3,12 +3,14 @@
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, https://arxiv.org/abs/1801.04381
 """
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
-from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean
+from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean, one_per_map, shifted
 from .resnet import ConvNorm
 
 # (expansion, channels at width 1, blocks) of the seven groups; table 2 of the paper
@@ -102,16 +104,24 @@ class MobileNetV2(nnx.Module):
         self.last = ConvNorm(channels, last, 1, draws=draws)
         self.head = Linear(last, num_classes, stddev=0.01, draws=draws)
 
-    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        offsets: Sequence[Float[Array, "..."] | None] | None = None,
+    ) -> Outputs:
+        ahead = iter(one_per_map(offsets, 2 + len(_STAGE_ENDS)))
         relu = jax.nn.relu6 if self.relu6 else jax.nn.relu
-        x = relu(self.stem(x, train=train))
+        x = shifted(relu(self.stem(x, train=train)), next(ahead))
         features = [x]
         for index, names in enumerate(self.groups):
             for name in names:
                 x = getattr(self, name)(x, train=train)
             if index in _STAGE_ENDS:
+                x = shifted(x, next(ahead))
                 features.append(x)
-        x = relu(self.last(x, train=train))
+        x = shifted(relu(self.last(x, train=train)), next(ahead))
         pooled = global_mean(x)
         return Outputs(self.head(pooled), (*features, x), pooled)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
-from .layers import BatchNorm, Conv, Draws, Linear, global_mean, max_pool_3x3
+from .layers import BatchNorm, Conv, Draws, Linear, global_mean, max_pool_3x3, one_per_map, shifted
 
 STEMS = ("cifar", "imagenet")
 
@@ -120,14 +120,23 @@ class ResNet(nnx.Module):
         self.stages = tuple(stages)
         self.head = Linear(channels, num_classes, draws=draws)
 
-    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        offsets: Sequence[Float[Array, "..."] | None] | None = None,
+    ) -> Outputs:
+        stem_offset, *stage_offsets = one_per_map(offsets, 1 + len(self.stages))
         x = jax.nn.relu(self.stem(x, train=train))
         if self.pool_stem:
             x = max_pool_3x3(x)
+        x = shifted(x, stem_offset)
         features = [x]
-        for names in self.stages:
+        for names, offset in zip(self.stages, stage_offsets, strict=True):
             for name in names:
                 x = getattr(self, name)(x, train=train)
+            x = shifted(x, offset)
             features.append(x)
         pooled = global_mean(x)
         return Outputs(self.head(pooled), tuple(features), pooled)
