@@ -186,23 +186,30 @@ def logistic_schedule(
 
 
 def linear_schedule(
-    total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0, until: Scalar = 1.0
+    total_steps: int | np.integer,
+    *,
+    start: Scalar = 0.0,
+    end: Scalar = 1.0,
+    since: Scalar = 0.0,
+    until: Scalar = 1.0,
 ) -> Schedule:
-    r"""Weight on a straight line from `start` at step 0 to `end` at a fraction of `total_steps`, held outside.
+    r"""Weight on a straight line from `start` to `end` between two fractions of `total_steps`, held outside.
 
-    .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad \tau = \min(\max(t / (u \, T), 0), 1)
+    .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad
+       \tau = \min(\max((t / T - a) / (b - a), 0), 1)
 
     Args:
       total_steps: number of training steps `T`, a positive integer.
-      start: the weight up to step 0, finite.
+      start: the weight up to the step `since * total_steps`, finite.
       end: the weight from the step `until * total_steps` on, finite.
-      until: the fraction `u` of `total_steps` at which `end` is reached, positive; a warm-up has a small one.
+      since: the fraction `a` of `total_steps` up to which the weight stays at `start`, at least 0.
+      until: the fraction `b` at which `end` is reached, above `since`; a warm-up has a small one.
 
     Returns:
       The schedule: step `[...]` -> weight `[...]`.
 
     Raises:
-      ValueError: if `total_steps` or `until` is not positive, or `start` or `end` is not finite.
+      ValueError: if `total_steps` is not positive, `start` or `end` is not finite, or `since` and `until` do not fit.
 
     Examples:
       >>> import numpy as np, gompertz_jax as gj
@@ -212,28 +219,34 @@ def linear_schedule(
       >>> print(warm_up(np.array([0, 5, 10, 100])))
       [0.  0.5 1.  1. ]
     """
-    return _between(total_steps, start, end, until, lambda tau: tau)
+    return _between(total_steps, start, end, since, until, lambda tau: tau)
 
 
 def cosine_schedule(
-    total_steps: int | np.integer, *, start: Scalar = 0.0, end: Scalar = 1.0, until: Scalar = 1.0
+    total_steps: int | np.integer,
+    *,
+    start: Scalar = 0.0,
+    end: Scalar = 1.0,
+    since: Scalar = 0.0,
+    until: Scalar = 1.0,
 ) -> Schedule:
-    r"""Weight along half a cosine period from `start` at step 0 to `end` at a fraction of `total_steps`, held outside.
+    r"""Weight along half a cosine period from `start` to `end` between two fractions of `total_steps`, held outside.
 
     .. math:: w(t) = (1 - s) \, \text{start} + s \, \text{end}, \qquad s = (1 - \cos \pi \tau) / 2,
-       \quad \tau = \min(\max(t / (u \, T), 0), 1)
+       \quad \tau = \min(\max((t / T - a) / (b - a), 0), 1)
 
     Args:
       total_steps: number of training steps `T`, a positive integer.
-      start: the weight up to step 0, finite.
+      start: the weight up to the step `since * total_steps`, finite.
       end: the weight from the step `until * total_steps` on, finite.
-      until: the fraction `u` of `total_steps` at which `end` is reached, positive; a warm-up has a small one.
+      since: the fraction `a` of `total_steps` up to which the weight stays at `start`, at least 0.
+      until: the fraction `b` at which `end` is reached, above `since`; a warm-up has a small one.
 
     Returns:
       The schedule: step `[...]` -> weight `[...]`.
 
     Raises:
-      ValueError: if `total_steps` or `until` is not positive, or `start` or `end` is not finite.
+      ValueError: if `total_steps` is not positive, `start` or `end` is not finite, or `since` and `until` do not fit.
 
     Examples:
       >>> import numpy as np, gompertz_jax as gj
@@ -245,19 +258,28 @@ def cosine_schedule(
       https://arxiv.org/abs/1608.03983 (the shape; there it lowers a learning rate).
     """
     # sin^2 of half the angle is (1 - cos) / 2 without the cancellation near tau = 0.
-    return _between(total_steps, start, end, until, lambda tau: jnp.square(jnp.sin(0.5 * math.pi * tau)))
+    return _between(total_steps, start, end, since, until, lambda tau: jnp.square(jnp.sin(0.5 * math.pi * tau)))
 
 
 def _between(
-    total_steps: int | np.integer, start: Scalar, end: Scalar, until: Scalar, part_of: Callable[[Array], Array]
+    total_steps: int | np.integer,
+    start: Scalar,
+    end: Scalar,
+    since: Scalar,
+    until: Scalar,
+    part_of: Callable[[Array], Array],
 ) -> Schedule:
     steps = positive_count("total_steps", total_steps)
     start = finite_number("start", start)
     end = finite_number("end", end)
+    since = finite_number("since", since, legal="a fraction of at least 0", accept=lambda number: number >= 0.0)
     until = positive_number("until", until)
+    if isinstance(since, float) and isinstance(until, float) and until <= since:
+        raise ValueError(f"until must be above since, got {until!r} and {since!r}")
 
     def weight(step: Scalar) -> Float[Array, "..."]:
-        part = part_of(jnp.clip(_progress(step, steps * until, start, end, until), 0.0, 1.0))
+        moved = jnp.asarray(step, _weight_dtype(step, start, end, since, until)) - since * steps
+        part = part_of(jnp.clip(moved / (until * steps - since * steps), 0.0, 1.0))
         return (1.0 - part) * start + part * end
 
     return weight
@@ -451,7 +473,7 @@ def _weight_dtype(step: Any, *parameters: Any) -> Any:
     return compute_dtype(step, *(parameter for parameter in parameters if not isinstance(parameter, float)))
 
 
-def _progress(step: Any, total_steps: Any, *parameters: Any) -> Array:
+def _progress(step: Any, total_steps: int, *parameters: Any) -> Array:
     """Step / total_steps, in the dtype in which the curve with these parameters is computed."""
     return jnp.asarray(step, _weight_dtype(step, *parameters)) / total_steps
 

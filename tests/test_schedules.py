@@ -46,6 +46,10 @@ def cases():
             gj.cosine_schedule(1000, end=3.0, until=0.5),
             1.5 * (1.0 - np.cos(np.pi * np.clip(2.0 * tau, 0.0, 1.0))),
         ),
+        "late cosine": (
+            gj.cosine_schedule(1000, start=1.0, end=0.0, since=0.4, until=0.9),
+            0.5 * (1.0 + np.cos(np.pi * np.clip((tau - 0.4) / 0.5, 0.0, 1.0))),
+        ),
         "constant": (gj.constant_schedule(0.3), np.full(len(STEPS), 0.3)),
         "reversed": (gj.reversed_schedule(gj.gompertz_schedule(1000), 1000), gompertz((999 - STEPS) / 1000, 1, 5, 8)),
     }
@@ -260,6 +264,8 @@ ILLEGAL = [
     (lambda: gj.linear_schedule(0), "total_steps must be a positive integer, got 0"),
     (lambda: gj.linear_schedule(10, start=math.nan), "start must be a finite number, got nan"),
     (lambda: gj.linear_schedule(10, until=0.0), "until must be a positive .*, got 0.0"),
+    (lambda: gj.linear_schedule(10, since=-0.1), "since must be a fraction of at least 0, got -0.1"),
+    (lambda: gj.linear_schedule(10, since=0.5, until=0.5), "until must be above since, got 0.5 and 0.5"),
     (lambda: gj.cosine_schedule(10, end=math.inf), "end must be a finite number, got inf"),
     (lambda: gj.constant_schedule(math.nan), "value must be a finite number, got nan"),
     (lambda: gj.reversed_schedule(gj.constant_schedule(1.0), 0), "total_steps must be a positive integer, got 0"),
