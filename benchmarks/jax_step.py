@@ -15,7 +15,7 @@ from _worker import Stopwatch, peak_memory, reset_peak_memory, serve
 
 import gompertz_jax as gj
 from gompertz_jax.models.layers import BatchNorm
-from gompertz_jax.objective import measure_teacher
+from gompertz_jax.projections import measure_teacher
 
 IMAGE_SHAPE = (32, 32, 3)
 
@@ -36,7 +36,9 @@ def make_weights(task, path):
         "teacher": {"params": teacher.params, "stats": teacher.stats},
         "student": {"params": student.params, "stats": student.stats},
         "projections": state.projections,
-        "projection_stats": measure_teacher(objective, state.projection_stats, [outputs.features]),
+        "projection_stats": measure_teacher(
+            objective.projections, state.projection_stats, [(outputs, np.zeros(len(images)))]
+        ),
         "images": make_images(keys[4], task["batch"]),
         "labels": jax.random.randint(keys[5], (task["batch"],), 0, task["classes"]),
     }

@@ -20,7 +20,7 @@ import numpy as np
 from _common import hardware, save_record, versions
 
 import gompertz_jax as gj
-from gompertz_jax.training.config import build_objective, get_default
+from gompertz_jax.training.config import get_default
 from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.feed import Feed, Images
 from gompertz_jax.training.fit import Plan, fit

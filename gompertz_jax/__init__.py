@@ -44,11 +44,14 @@ from .losses.relations import similarity_preserving as similarity_preserving
 from .network import Network as Network
 from .network import Outputs as Outputs
 from .objective import Objective as Objective
-from .objective import Projection as Projection
-from .objective import Record as Record
+from .objective import Progress as Progress
 from .objective import Term as Term
+from .objective import agreement as agreement
 from .objective import gompertz_objective as gompertz_objective
+from .objective import relative_accuracy as relative_accuracy
 from .objective import student_alone as student_alone
+from .projections import Projection as Projection
+from .record import Record as Record
 from .schedules import ByProgress as ByProgress
 from .schedules import Schedule as Schedule
 from .schedules import by_progress as by_progress

@@ -7,59 +7,18 @@ paper (Yang and Qin, 2025, https://arxiv.org/abs/2510.21649) states in its abstr
 such a curve; every concrete choice here is our reconstruction.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from .losses.gradients import gradient_distance, pool_gradient
-from .losses.logits import cross_entropy as _cross_entropy
-from .losses.logits import soft_target_kl
-from .network import Outputs, PyTree
-from .schedules import Schedule, constant_schedule, gompertz_schedule
-
-PROJECTION_MOMENTUM = 0.9
-PROJECTION_EPSILON = 1e-5
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the terms may read: both networks' outputs on one batch. Nothing is computed that no term asks for.
-
-    Attributes:
-      labels: class indices, `[B]`.
-      student: the student's outputs in training mode.
-      teacher: the teacher's outputs in evaluation mode; None when the student learns alone.
-      student_maps: by projection name, the student's map in the teacher's width, `[B, h, w, c]`.
-      teacher_maps: by projection name, the teacher's map with standardised channels, `[B, h', w', c]`.
-      student_pullback: cotangent of the student's logits `[B, K]` -> gradient at the images `[B, h, w, c]`. It shares
-        the forward pass behind `student`, in training mode: BatchNorm's cross terms between images are included.
-      teacher_pullback: the same of the teacher, in evaluation mode.
-      leading: `count -> (student logits, student pull-back, teacher pull-back)` of the first `count` images, by forward
-        passes of their own; the student's too is in evaluation mode there, on the running statistics.
-      per_image: makes `f(*arrays [B, ...], **scalars) -> [B]`, which treats every image alone, run on each device's
-        images without communication. As it stands, for one device: f itself.
-      whole_batch: makes a function of the same form that compares the images of the batch with each other run on the
-        global batch, gathered before and not inside.
-      key: this step's random key, for losses that draw.
-    """
-
-    labels: Int[Array, " batch"]
-    student: Outputs
-    teacher: Outputs | None = None
-    student_maps: Mapping[str, Float[Array, "batch _ _ _"]] = field(default_factory=dict)
-    teacher_maps: Mapping[str, Float[Array, "batch _ _ _"]] = field(default_factory=dict)
-    student_pullback: Callable[..., Any] | None = None
-    teacher_pullback: Callable[..., Any] | None = None
-    leading: Callable[[int], tuple[Array, Callable[..., Any], Callable[..., Any]]] | None = None
-    per_image: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
-    whole_batch: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
-    key: Any = None
+from . import terms
+from .projections import Projection
+from .record import Record
+from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at
 
 
 class Term(NamedTuple):
@@ -67,151 +26,89 @@ class Term(NamedTuple):
 
     Attributes:
       name: how the term is logged; unique within an objective.
-      weight: step -> coefficient.
-      loss: `loss(record, **scheduled) -> [B]`, or `([B], {name: [B]})` with diagnostics to log.
-      schedules: keyword arguments of `loss` that change over training, each a step -> value.
+      weight: step -> coefficient, or `by_progress(...)`.
+      loss: `loss(record, **scheduled)` -> one value per example (or per class, or for the whole batch: the term is
+        their mean), or a pair of it and `{name: values}` with diagnostics to log.
+      schedules: keyword arguments of `loss` that change over training, each as `weight` is.
       distils: whether the term needs a teacher.
       every_k_steps: the term is computed at steps divisible by k, and costs nothing at the others, where it is logged
         as NaN. Its weight is not raised to make up for the steps without it: `k * curve` does that.
+      gradient_stages: (student stage, teacher stage) at whose maps `loss` asks for gradients, if it does.
+      bridge: for the pre-flight, how maps that differ in channels or size are made comparable.
     """
 
     name: str
-    weight: Schedule
+    weight: Schedule | ByProgress
     loss: Callable[..., Any]
-    schedules: Mapping[str, Schedule] = {}
+    schedules: Mapping[str, Schedule | ByProgress] = {}
     distils: bool = True
     every_k_steps: int = 1
+    gradient_stages: tuple[int, int] | tuple[()] = ()
+    bridge: str = ""
+
+    def reads_progress(self) -> bool:
+        """Whether a weight or another schedule of this term is indexed by the student's progress."""
+        return any(isinstance(schedule, ByProgress) for schedule in (self.weight, *self.schedules.values()))
 
 
-class Projection(NamedTuple):
-    """A learned 1x1 linear map + BatchNorm from a student's stage to the width of a teacher's stage.
+# --- progress ---------------------------------------------------------------------------------------------------------
 
-    It is there at equal widths too: the channels of two independently trained networks have no common order.
+
+def agreement(record: Record) -> tuple[Array, Array]:
+    """The share of images that the student puts into the teacher's class, out of 1."""
+    same = record.student.logits.argmax(-1) == record.taught().logits.argmax(-1)
+    return same.mean(dtype=jnp.float32), jnp.float32(1.0)
+
+
+def relative_accuracy(record: Record) -> tuple[Array, Array]:
+    """The student's accuracy on the training batch, out of the teacher's."""
+    ours, theirs = (
+        (outputs.logits.argmax(-1) == record.labels).mean(dtype=jnp.float32)
+        for outputs in (record.student, record.taught())
+    )
+    return ours, theirs
+
+
+class Progress(NamedTuple):
+    r"""How far the student is, measured on the training batches: what `by_progress` weights read.
+
+    .. math:: n \leftarrow eta n + (1 - eta) \, n_t, \qquad d \leftarrow eta d + (1 - eta) \, d_t, \qquad
+        ext{progress} = \min(n / d, 1)
+
+    from n = 0 and d = 1: an untrained student has made no progress, and the first batches move it slowly. It is part of
+    the training state, so a resumed run goes on with it. A step reads the progress before its own batch.
 
     Attributes:
-      student_stage: index into `Outputs.features`; -1 is the map that is pooled.
-      teacher_stage: the same in the teacher.
+      measure: record -> (n_t, d_t); `agreement` or `relative_accuracy`, or one of your own.
+      decay: beta, in [0, 1); its memory is about 1 / (1 - beta) steps.
+      monotone: progress never falls: the largest value so far.
     """
 
-    student_stage: int = -1
-    teacher_stage: int = -1
+    measure: Callable[[Record], tuple[Array, Array]] = agreement
+    decay: float = 0.99
+    monotone: bool = False
+
+    def start(self) -> dict[str, Array]:
+        """The state before the first step."""
+        return {"student": jnp.float32(0.0), "teacher": jnp.float32(1.0), "progress": jnp.float32(0.0)}
+
+    def update(self, state: Mapping[str, Array], record: Record) -> dict[str, Array]:
+        """The state after a batch."""
+        ours, theirs = self.measure(record)
+        student = self.decay * state["student"] + (1.0 - self.decay) * ours
+        teacher = self.decay * state["teacher"] + (1.0 - self.decay) * theirs
+        progress = jnp.clip(student / jnp.maximum(teacher, jnp.finfo(jnp.float32).tiny), 0.0, 1.0)
+        if self.monotone:
+            progress = jnp.maximum(progress, state["progress"])
+        return jax.lax.stop_gradient({"student": student, "teacher": teacher, "progress": progress})
 
 
 class Objective(NamedTuple):
-    """Named terms and the projections that they read, by name."""
+    """Named terms, the projections that they read, by name, and how progress is measured, if a weight reads it."""
 
     terms: tuple[Term, ...]
-    projections: Mapping[str, Projection] = {}
-
-
-# --- the terms: pure functions of a record ----------------------------------------------------------------------------
-
-
-def cross_entropy(record: Record, *, label_smoothing: float = 0.0) -> Float[Array, " batch"]:
-    """Cross-entropy of the student's logits with the labels."""
-    return _cross_entropy(record.student.logits, record.labels, label_smoothing=label_smoothing)
-
-
-def soft_targets(record: Record, *, temperature: Any = 4.0) -> Float[Array, " batch"]:
-    """`T^2 KL(teacher || student)` at temperature T (Hinton, Vinyals, Dean, 2015, https://arxiv.org/abs/1503.02531)."""
-    return soft_target_kl(record.student.logits, _teacher(record).logits, temperature=temperature)
-
-
-def wasserstein(
-    record: Record, *, projection: str = "last", epsilon: Any = 0.05, debiased: bool = False, cloud: str = "image"
-) -> tuple[Float[Array, "..."], dict[str, Float[Array, "..."]]]:
-    """Transport between both maps; the cost is divided by the width (about 0 to 2).
-
-    Args:
-      record: the outputs; the projection's maps are used.
-      projection: which maps.
-      epsilon: see `sinkhorn_distance`.
-      debiased: likewise.
-      cloud: "image": the positions of one image's map, paired with the same image's. "batch": every image of the global
-        batch is one point, the mean over its positions; which image is which is then ignored.
-
-    Returns:
-      One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
-
-    Raises:
-      ValueError: `cloud` is neither.
-    """
-    from .losses.wasserstein import sinkhorn_distance
-
-    x, y = _clouds(record, projection)
-    if cloud not in ("image", "batch"):
-        raise ValueError(f"cloud must be 'image' or 'batch', got {cloud!r}")
-    transport = partial(sinkhorn_distance, debiased=debiased, return_diagnostics=True)
-    if cloud == "image":
-        distance, health = record.per_image(transport)(x, y, epsilon=epsilon)
-    else:
-        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), epsilon=epsilon)
-    return distance, {
-        "converged": health.converged.astype(distance.dtype),
-        "iterations": health.iterations.astype(distance.dtype),
-        "marginal_error": health.marginal_error,
-    }
-
-
-def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batch"]:
-    """Squared 2-Wasserstein between diagonal Gaussians fitted to both maps, divided by the width.
-
-    The per-channel Gaussian form is WKD-F's (Lv, Yang, Li, 2024, https://arxiv.org/abs/2412.08139).
-    """
-    from .losses.wasserstein import gaussian_distance
-
-    return gaussian_distance(*_clouds(record, projection))
-
-
-def gradient_match(record: Record, *, pool: int = 4, kind: str = "cosine", images: int = 0) -> Float[Array, " images"]:
-    """Distance between both networks' input gradients of the score of the teacher's top class.
-
-    Args:
-      record: the outputs and pull-backs.
-      pool: both gradients are average-pooled by `pool x pool` first: pixel gradients of independently trained networks
-        hardly agree, coarse ones do.
-      kind: see `gradient_distance`.
-      images: how many images of the batch are compared, its first ones; 0 for all. All share the training-mode forward
-        pass of the other terms; fewer are passed through the student once more, in evaluation mode.
-
-    Returns:
-      One distance per compared image.
-
-    Raises:
-      ValueError: `images` is negative or exceeds the batch.
-    """
-    logits = _teacher(record).logits
-    batch = logits.shape[0]
-    if not 0 <= images <= batch:
-        raise ValueError(f"images must lie in [0, {batch}], the batch, got {images}")
-    if images in (0, batch):
-        student_logits, student_pullback, teacher_pullback = (
-            record.student.logits,
-            record.student_pullback,
-            record.teacher_pullback,
-        )
-    else:
-        assert record.leading is not None
-        student_logits, student_pullback, teacher_pullback = record.leading(images)
-        logits = logits[:images]
-    assert student_pullback is not None and teacher_pullback is not None
-    top = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-    student = student_pullback(top.astype(student_logits.dtype))
-    teacher = teacher_pullback(top.astype(logits.dtype))
-    return gradient_distance(pool_gradient(student, pool), pool_gradient(teacher, pool), kind=kind)
-
-
-def _teacher(record: Record) -> Outputs:
-    if record.teacher is None:
-        raise ValueError("this term needs a teacher, and the step was given none: pass teacher=... or drop the term")
-    return record.teacher
-
-
-def _clouds(record: Record, projection: str) -> tuple[Array, Array]:
-    """Both maps as point clouds `[B, positions, width]`, scaled so that squared distances are per channel."""
-    x, y = record.student_maps[projection], record.teacher_maps[projection]
-    scale = y.shape[-1] ** -0.5
-    return tuple(scale * a.reshape(a.shape[0], -1, a.shape[-1]) for a in (x, y))  # pyright: ignore[reportReturnType]
+    projections: Mapping[str, Any] = {}
+    progress: Progress | None = None
 
 
 # --- the default ------------------------------------------------------------------------------------------------------
@@ -220,7 +117,7 @@ def _clouds(record: Record, projection: str) -> tuple[Array, Array]:
 def gompertz_objective(
     total_steps: int,
     *,
-    curve: Schedule | None = None,
+    curve: Schedule | ByProgress | None = None,
     soft_target_weight: float = 1.0,
     temperature: float = 4.0,
     wasserstein_weight: float = 4.0,
@@ -231,7 +128,8 @@ def gompertz_objective(
 
     Args:
       total_steps: length of training in steps, what the curve is indexed by.
-      curve: G, step -> weight; the default is `gompertz_schedule(total_steps)`.
+      curve: G, step -> weight; the default is `gompertz_schedule(total_steps)`. `by_progress(gompertz_schedule(1))`
+        indexes it by the student's agreement with the teacher instead.
       soft_target_weight: a.
       temperature: T of the soft targets.
       wasserstein_weight: b; the default gives W's gradient about 0.3 times the norm of the cross-entropy's at mid-run
@@ -249,23 +147,28 @@ def gompertz_objective(
     """
     curve = gompertz_schedule(total_steps) if curve is None else curve
 
-    def under_curve(coefficient: float) -> Schedule:
-        return lambda step: coefficient * curve(step)
+    def under_curve(coefficient: float) -> Schedule | ByProgress:
+        return product(constant_schedule(coefficient), curve)
 
-    terms = [
-        Term("ce", constant_schedule(1.0), partial(cross_entropy, label_smoothing=label_smoothing), distils=False),
-        Term("kd", under_curve(soft_target_weight), soft_targets, {"temperature": constant_schedule(temperature)}),
-        Term("wasserstein", under_curve(wasserstein_weight), wasserstein),
-        Term("gradient", under_curve(gradient_weight), gradient_match),
+    listed = [
+        Term(
+            "ce", constant_schedule(1.0), partial(terms.cross_entropy, label_smoothing=label_smoothing), distils=False
+        ),
+        Term(
+            "kd", under_curve(soft_target_weight), terms.soft_targets, {"temperature": constant_schedule(temperature)}
+        ),
+        Term("wasserstein", under_curve(wasserstein_weight), terms.wasserstein),
+        Term("gradient", under_curve(gradient_weight), terms.gradient_match),
     ]
     coefficients = (1.0, soft_target_weight, wasserstein_weight, gradient_weight)
-    kept = tuple(term for term, coefficient in zip(terms, coefficients, strict=True) if coefficient != 0.0)
-    return Objective(kept, {"last": Projection()} if wasserstein_weight else {})
+    kept = tuple(term for term, coefficient in zip(listed, coefficients, strict=True) if coefficient != 0.0)
+    progress = Progress() if isinstance(curve, ByProgress) else None
+    return Objective(kept, {"last": Projection()} if wasserstein_weight else {}, progress)
 
 
 def student_alone(*, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy only: the baseline, and how a teacher is trained."""
-    loss = partial(cross_entropy, label_smoothing=label_smoothing)
+    loss = partial(terms.cross_entropy, label_smoothing=label_smoothing)
     return Objective((Term("ce", constant_schedule(1.0), loss, distils=False),))
 
 
@@ -286,113 +189,17 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Array]
 
 
-def evaluate(objective: Objective, record: Record, step: Any) -> Evaluation:
-    """Evaluate every term of `objective` on `record`, its weight and its schedules at `step`."""
+def evaluate(objective: Objective, record: Record, step: Any, progress: Any = None) -> Evaluation:
+    """Evaluate every term of `objective` on `record`, its weight and its schedules at `step` and the progress made."""
     raws, weights, metrics = [], [], {}
     for term in objective.terms:
-        scheduled = {name: schedule(step) for name, schedule in term.schedules.items()}
+        scheduled = {name: value_at(schedule, step, progress) for name, schedule in term.schedules.items()}
         result = term.loss(record, **scheduled)
         values, diagnostics = result if isinstance(result, tuple) else (result, {})
-        raw, weight = values.mean().astype(jnp.float32), jnp.asarray(term.weight(step), jnp.float32)
+        raw, weight = values.mean().astype(jnp.float32), jnp.asarray(value_at(term.weight, step, progress), jnp.float32)
         raws.append(raw)
         weights.append(weight)
         metrics |= {f"{term.name}/raw": raw, f"{term.name}/weight": weight, f"{term.name}/weighted": weight * raw}
         metrics |= {f"{term.name}/{name}": jnp.asarray(value, jnp.float32) for name, value in scheduled.items()}
         metrics |= {f"{term.name}/{name}": value.mean() for name, value in diagnostics.items()}
     return Evaluation(jnp.stack(raws), jnp.stack(weights), jax.lax.stop_gradient(metrics))
-
-
-# --- projections ------------------------------------------------------------------------------------------------------
-
-
-def init_projections(objective: Objective, student: Outputs, teacher: Outputs, key: Array) -> tuple[PyTree, PyTree]:
-    """Fresh projections for these networks' shapes (arrays or `jax.ShapeDtypeStruct`s both serve).
-
-    Args:
-      objective: names the stages.
-      student: the student's outputs.
-      teacher: the teacher's outputs.
-      key: random key of the linear maps.
-
-    Returns:
-      Parameters (trained with the student) and statistics: BatchNorm's running mean and variance, and the teacher's
-      channel mean and standard deviation, 0 and 1 until `measure_teacher` has been called.
-    """
-    params, stats = {}, {}
-    for index, (name, projection) in enumerate(sorted(objective.projections.items())):
-        narrow = student.features[projection.student_stage].shape[-1]
-        wide = teacher.features[projection.teacher_stage].shape[-1]
-        kernel = jax.random.normal(jax.random.fold_in(key, index), (narrow, wide), jnp.float32) * narrow**-0.5
-        params[name] = {"kernel": kernel, "scale": jnp.ones(wide), "bias": jnp.zeros(wide)}
-        stats[name] = {
-            "mean": jnp.zeros(wide),
-            "var": jnp.ones(wide),
-            "teacher_mean": jnp.zeros(wide),
-            "teacher_std": jnp.ones(wide),
-        }
-    return params, stats
-
-
-def measure_teacher(objective: Objective, stats: PyTree, teacher_features: Iterable[Any]) -> PyTree:
-    """Projection statistics with the teacher's channel means and standard deviations filled in.
-
-    Args:
-      objective: names the stages.
-      stats: what `init_projections` returned.
-      teacher_features: the teacher's `Outputs.features` in evaluation mode, batch by batch.
-
-    Returns:
-      The statistics; sums are accumulated on the host in float64 over all batches and positions. No deviation is
-      smaller than a hundredth of the layer's root mean square one.
-    """
-    sums = {name: [0.0, 0.0, 0] for name in objective.projections}
-    for features in teacher_features:
-        for name, projection in objective.projections.items():
-            stage = np.asarray(features[projection.teacher_stage], np.float64)
-            flat = stage.reshape(-1, stage.shape[-1])
-            sums[name][0] += flat.sum(0)
-            sums[name][1] += (flat**2).sum(0)
-            sums[name][2] += flat.shape[0]
-    measured = {}
-    for name, (total, squares, count) in sums.items():
-        mean = total / count
-        variance = np.maximum(squares / count - mean**2, 0.0)
-        # A channel that hardly ever fires would be blown up to thousands by its own scale, and rule the distance.
-        floor = 1e-2 * np.sqrt(variance.mean()) or 1.0
-        std = np.maximum(np.sqrt(variance), floor)
-        measured[name] = {
-            **stats[name],
-            "teacher_mean": jnp.asarray(mean, jnp.float32),
-            "teacher_std": jnp.asarray(std, jnp.float32),
-        }
-    return measured
-
-
-def project(
-    objective: Objective, params: PyTree, stats: PyTree, student: Outputs, teacher: Outputs, *, train: bool = True
-) -> tuple[dict[str, Array], dict[str, Array], PyTree]:
-    """Both networks' maps, comparable: the student's projected, the teacher's standardised.
-
-    Args:
-      objective: names the stages.
-      params: parameters of the projections.
-      stats: their statistics.
-      student: the student's outputs.
-      teacher: the teacher's outputs; its maps receive no gradient.
-      train: normalise by the batch's statistics and update the running ones, or use the running ones.
-
-    Returns:
-      Student maps and teacher maps by projection name, in float32, and the new statistics.
-    """
-    student_maps, teacher_maps, new_stats = {}, {}, {}
-    for name, projection in objective.projections.items():
-        p, s = params[name], stats[name]
-        y = student.features[projection.student_stage].astype(jnp.float32) @ p["kernel"]
-        mean, var = (y.mean((0, 1, 2)), y.var((0, 1, 2))) if train else (s["mean"], s["var"])
-        student_maps[name] = (y - mean) * (jax.lax.rsqrt(var + PROJECTION_EPSILON) * p["scale"]) + p["bias"]
-        target = teacher.features[projection.teacher_stage].astype(jnp.float32)
-        teacher_maps[name] = jax.lax.stop_gradient((target - s["teacher_mean"]) / s["teacher_std"])
-        keep = PROJECTION_MOMENTUM if train else 1.0
-        running = {"mean": keep * s["mean"] + (1 - keep) * mean, "var": keep * s["var"] + (1 - keep) * var}
-        new_stats[name] = {**s, **jax.lax.stop_gradient(running)}
-    return student_maps, teacher_maps, new_stats

@@ -4,7 +4,7 @@ Everything here is a pure function of arrays and a step, and needs none of the s
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
-from .objective import Objective, Record, evaluate, init_projections, project
-from .schedules import Schedule
+from .objective import Objective, Term, evaluate
+from .projections import init_projections, project
+from .record import Leading, Pullback, Record
+from .schedules import Schedule, value_at
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -35,7 +37,8 @@ class TrainState(NamedTuple):
       params: the student's parameters.
       stats: the student's batch statistics.
       projections: parameters of the objective's projections; trained with the student, never exported.
-      projection_stats: their statistics, the teacher's channel statistics among them.
+      projection_stats: their statistics, what was measured of the teacher among them.
+      progress: how far the student is, where the objective measures it, else empty; see `Progress`.
       opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
       average: exponential moving average of `(params, stats)`, or None.
       failed_term: index of the term that was not finite, else `HEALTHY`; with n terms, n stands for the gradient and
@@ -48,6 +51,7 @@ class TrainState(NamedTuple):
     stats: PyTree
     projections: PyTree
     projection_stats: PyTree
+    progress: PyTree
     opt_state: PyTree
     average: PyTree
     failed_term: Int[Array, ""]
@@ -88,7 +92,7 @@ def init_state(
             raise ValueError(f"the objective projects {sorted(objective.projections)} onto a teacher: pass teacher=...")
         key = jax.random.key(0) if key is None else key
         ours, theirs = output_shapes(student, image_shape), output_shapes(teacher, image_shape)
-        projections, projection_stats = init_projections(objective, ours, theirs, key)
+        projections, projection_stats = init_projections(objective.projections, ours, theirs, key)
     params, stats = jax.tree.map(jnp.array, (student.params, student.stats))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -96,6 +100,7 @@ def init_state(
         stats=stats,
         projections=projections,
         projection_stats=projection_stats,
+        progress={} if objective.progress is None else objective.progress.start(),
         opt_state=optimizer.init({"student": params, "projections": projections}),
         average=jax.tree.map(jnp.array, (params, stats)) if moving_average else None,
         failed_term=jnp.full((), HEALTHY, jnp.int32),
@@ -112,6 +117,7 @@ def output_shapes(network: Network, image_shape: tuple[int, ...], *, batch_size:
 class _Aux(NamedTuple):
     stats: PyTree
     projection_stats: PyTree
+    progress: PyTree
     metrics: Metrics
     weights: Float[Array, " terms"]
 
@@ -130,59 +136,95 @@ def _raw_terms(
     """Every term's batch mean as a function of what is trained; the student's forward pass runs once."""
     images, labels = batch["image"], batch["label"]
     student_key, term_key = jax.random.split(key)
+    student_taps, teacher_taps = ([pair[role] for pair in _tapped(objective.terms)] for role in (0, 1))
     learner = student.replace(params=trainable["student"], stats=state.stats)
-
-    def student_logits(images: Array) -> tuple[Array, tuple[Outputs, PyTree]]:
-        outputs, stats = learner.forward(images, train=True, key=student_key)
-        return outputs.logits, (outputs, stats)
-
-    # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
-    # once for all objectives, and shared between the loss and its input gradient where a term asks for one.
-    _, pull_student, (outputs, stats) = jax.vjp(student_logits, images, has_aux=True)
+    outputs, stats, pull_student = _forward(learner, images, student_taps, train=True, key=student_key)
     record = Record(
         labels,
         outputs,
-        student_pullback=lambda cotangent: pull_student(cotangent)[0],
+        student_pullback=pull_student,
         per_image=per_image(mesh),
         whole_batch=whole_batch(mesh),
         key=term_key,
     )
-    projection_stats = state.projection_stats
+    projection_stats, progress = state.projection_stats, state.progress
     if teacher is not None and any(term.distils for term in objective.terms):
 
-        def teacher_logits(images: Array) -> tuple[Array, Outputs]:
-            outputs, _ = teacher.forward(images, train=False)
-            return outputs.logits, outputs
+        def leading(count: int) -> Leading:
+            running = learner.replace(stats=jax.lax.stop_gradient(stats))
+            ours, _, pull_ours = _forward(running, images[:count], student_taps, train=False)
+            theirs, _, pull_theirs = _forward(teacher, images[:count], teacher_taps, train=False)
+            return Leading(ours, pull_ours, jax.lax.stop_gradient(theirs), _constant(pull_theirs))
 
-        def leading(count: int) -> tuple[Array, Callable[..., Any], Callable[..., Any]]:
-            running = student.replace(params=trainable["student"], stats=jax.lax.stop_gradient(stats))
-            first = images[:count]
-            logits, pull_running = jax.vjp(lambda images: running.forward(images, train=False)[0].logits, first)
-            _, pull_first, _ = jax.vjp(teacher_logits, first, has_aux=True)
-            return (
-                logits,
-                lambda cotangent: pull_running(cotangent)[0],
-                lambda cotangent: jax.lax.stop_gradient(pull_first(cotangent)[0]),
-            )
-
-        _, pull_teacher, targets = jax.vjp(teacher_logits, images, has_aux=True)
+        targets, _, pull_teacher = _forward(teacher, images, teacher_taps, train=False)
         targets = jax.lax.stop_gradient(targets)
-        maps = project(objective, trainable["projections"], state.projection_stats, outputs, targets)
-        student_maps, teacher_maps, projection_stats = maps
+        views = project(objective.projections, trainable["projections"], state.projection_stats, outputs, targets)
+        student_views, teacher_views, projection_stats = views
         record = replace(
             record,
             teacher=targets,
-            student_maps=student_maps,
-            teacher_maps=teacher_maps,
-            teacher_pullback=lambda cotangent: jax.lax.stop_gradient(pull_teacher(cotangent)[0]),
+            student_views=student_views,
+            teacher_views=teacher_views,
+            teacher_pullback=_constant(pull_teacher),
             leading=leading,
         )
-    evaluation = evaluate(objective, record, state.step)
+        if objective.progress is not None:
+            progress = objective.progress.update(progress, record)
+    evaluation = evaluate(objective, record, state.step, _progress_of(state))
     predictions = outputs.logits.argmax(-1)
     metrics = evaluation.metrics | {"accuracy": (predictions == labels).mean(dtype=jnp.float32)}
     if record.teacher is not None:
         metrics["agreement"] = (predictions == record.teacher.logits.argmax(-1)).mean(dtype=jnp.float32)
-    return evaluation.raw, _Aux(stats, projection_stats, metrics, evaluation.weights)
+    return evaluation.raw, _Aux(stats, projection_stats, progress, metrics, evaluation.weights)
+
+
+def _forward(
+    network: Network, images: Array, taps: Iterable[int], *, train: bool, key: Array | None = None
+) -> tuple[Outputs, PyTree, Pullback]:
+    """One forward pass, its new statistics, and the pull-back of its logits to the images and to the tapped stages."""
+    offsets = None
+    if taps:
+        maps = jax.eval_shape(lambda images: network.forward(images, train=False)[0].features, images)
+        tapped = {_stage(index, maps) for index in taps}
+        # The derivative with respect to what is added to a map is the derivative with respect to the map.
+        offsets = tuple(jnp.zeros(m.shape, m.dtype) if index in tapped else None for index, m in enumerate(maps))
+
+    def logits(images: Array, offsets: Any) -> tuple[Array, tuple[Outputs, PyTree]]:
+        outputs, stats = network.forward(images, train=train, key=key, offsets=offsets)
+        return outputs.logits, (outputs, stats)
+
+    # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
+    # once for all objectives, and shared between the loss and its gradients at images and maps where a term asks.
+    _, pull, (outputs, stats) = jax.vjp(logits, images, offsets, has_aux=True)
+
+    def pull_back(cotangent: Array, stage: int | None = None) -> Array:
+        to_images, to_maps = pull(cotangent)
+        if stage is None:
+            return to_images
+        gradient = None if to_maps is None else to_maps[_stage(stage, outputs.features)]
+        if gradient is None:
+            raise ValueError(f"no gradient was prepared at stage {stage}: say so in the term's gradient_stages")
+        return gradient
+
+    return outputs, stats, pull_back
+
+
+def _constant(pull_back: Pullback) -> Pullback:
+    return lambda cotangent, stage=None: jax.lax.stop_gradient(pull_back(cotangent, stage))
+
+
+def _stage(index: int, maps: tuple[Any, ...]) -> int:
+    if not -len(maps) <= index < len(maps):
+        raise ValueError(f"stage {index} is not there: the network has stages 0 to {len(maps) - 1}, or -1 for the last")
+    return index % len(maps)
+
+
+def _tapped(terms: Iterable[Term]) -> list[tuple[int, int]]:
+    return [term.gradient_stages for term in terms if term.gradient_stages]
+
+
+def _progress_of(state: TrainState) -> Array | None:
+    return state.progress["progress"] if state.progress else None
 
 
 class _Pull(NamedTuple):
@@ -194,6 +236,7 @@ class _Pull(NamedTuple):
     gradient: PyTree
     stats: PyTree
     projection_stats: PyTree
+    progress: PyTree
     metrics: Metrics
 
 
@@ -221,7 +264,8 @@ def _make_pull(
         )
         (gradient,) = pull_back(aux.weights)
         values = dict(zip((term.name for term in present), raw, strict=True))
-        weights = {f"{term.name}/weight": jnp.asarray(term.weight(state.step), jnp.float32) for term in terms}
+        at = state.step, _progress_of(state)
+        weights = {f"{term.name}/weight": jnp.asarray(value_at(term.weight, *at), jnp.float32) for term in terms}
         return _Pull(
             computed=jnp.asarray(computed),
             raw=jnp.stack([values.get(term.name, jnp.float32(jnp.nan)) for term in terms]),
@@ -229,6 +273,7 @@ def _make_pull(
             gradient=gradient,
             stats=aux.stats,
             projection_stats=aux.projection_stats,
+            progress=aux.progress,
             metrics=weights | aux.metrics,
         )
 
@@ -257,7 +302,7 @@ def _make_pull(
 
         variant = variant_at(busy)
         if skips:
-            weights = jnp.stack([jnp.asarray(term.weight(state.step)) for term in terms if term.distils])
+            weights = jnp.stack([jnp.asarray(value_at(term.weight, state.step)) for term in terms if term.distils])
             variant = jnp.where((jnp.abs(weights) < skip_below).all(), variant_at(idle), variant)
         return jax.lax.switch(variant, [partial(padded, row) for row in variants], *arguments)
 
@@ -300,16 +345,16 @@ def make_train_step(
       `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
       objective without distillation; every metric is an array `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`,
       `gradient_norm`, `step` (the step they belong to), `failed_term`, `failed_step`, and per term `NAME/raw`,
-      `NAME/weight`, `NAME/weighted`. They come from the state before the update. What was not computed at a step
-      (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
+      `NAME/weight`, `NAME/weighted`, and `progress` where it is measured. They come from the state before the update.
+      What was not computed at a step (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
       later step returns the state unchanged.
 
     Raises:
       ValueError: `steps_per_dispatch` below 1, a negative `skip_below`, two terms of one name, a step without any term,
-        a mesh with other axes; when called, a term that distils and no teacher, a batch that does not divide by the
-        number of devices.
+        a mesh with other axes, a weight that reads the progress together with `skip_below`; when called, a term that
+        distils and no teacher, a batch that does not divide by the number of devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
@@ -333,6 +378,13 @@ def make_train_step(
     for term in objective.terms:
         if term.every_k_steps < 1:
             raise ValueError(f"every_k_steps must be at least 1, got {term.every_k_steps} for the term {term.name!r}")
+    if skip_below and any(term.reads_progress() for term in objective.terms):
+        raise ValueError(
+            f"skip_below = {skip_below}: a step that skips the teacher cannot measure the student's progress, which a "
+            "weight of this objective reads; take 0, or a schedule by the clock"
+        )
+    if objective.progress is not None and not 0.0 <= objective.progress.decay < 1.0:
+        raise ValueError(f"progress.decay must lie in [0, 1), got {objective.progress.decay}")
     check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
     logged = logged_schedules or {}
@@ -352,6 +404,7 @@ def make_train_step(
             stats=pulled.stats,
             projections=trained["projections"],
             projection_stats=pulled.projection_stats,
+            progress=pulled.progress,
             opt_state=opt_state,
         )
         if average_decay is not None:
@@ -373,6 +426,7 @@ def make_train_step(
             "loss": weighted.sum(),
             "gradient_norm": gradient_norm,
             "step": state.step,
+            **({"progress": state.progress["progress"]} if state.progress else {}),
             "failed_term": kept.failed_term,
             "failed_step": kept.failed_step,
         }

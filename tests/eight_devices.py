@@ -11,7 +11,7 @@ import optax
 from helpers import smallest_networks
 
 import gompertz_jax as gj
-from gompertz_jax import objective as terms
+from gompertz_jax import terms
 from gompertz_jax.data_parallel import SPREAD, per_image
 from gompertz_jax.training.sharding import data_mesh, replicate
 
@@ -92,8 +92,8 @@ def transport(mesh):
 
     def loss(x, y):
         outputs = gj.Outputs(x[:, 0, 0], (x,), x[:, 0, 0])
-        maps = {"student_maps": {"last": x}, "teacher_maps": {"last": y}}
-        record = terms.Record(jnp.zeros(BATCH, jnp.int32), outputs, outputs, **maps, per_image=per_image(mesh))
+        maps = {"student_views": {"last": x}, "teacher_views": {"last": y}}
+        record = gj.Record(jnp.zeros(BATCH, jnp.int32), outputs, outputs, **maps, per_image=per_image(mesh))
         return terms.wasserstein(record)[0].mean()
 
     shape = jax.ShapeDtypeStruct((BATCH, 2, 2, 8), jnp.float32, sharding=jax.NamedSharding(mesh, SPREAD))

@@ -1,10 +1,14 @@
-"""The real configs, shrunk: what the tests of whole runs share."""
+"""The real configs, shrunk, and records of random outputs: what several tests share."""
 
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
+import gompertz_jax as gj
 from gompertz_jax import models
 from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.training.config import get_default
@@ -51,3 +55,23 @@ def train(*arguments, timeout=300, **options):
     """Run train.py in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def outputs(rng, *, batch=3, classes=5, maps=((4, 6), (2, 8))):
+    """Random outputs of a network with square maps of these (size, width)."""
+    features = tuple(jnp.asarray(rng.normal(size=(batch, size, size, width)), jnp.float32) for size, width in maps)
+    logits = jnp.asarray(rng.normal(size=(batch, classes)), jnp.float32)
+    return gj.Outputs(logits, features, features[-1].mean((1, 2)))
+
+
+def record(**changes):
+    """Three images, a student and a teacher of other widths and sizes, and a projection of both last maps."""
+    rng = np.random.default_rng(0)
+    fields = {
+        "labels": jnp.array([0, 1, 4]),
+        "student": outputs(rng),
+        "teacher": outputs(rng, maps=((8, 6), (4, 10))),
+        "student_views": {"last": jnp.asarray(rng.normal(size=(3, 2, 2, 10)), jnp.float32)},
+        "teacher_views": {"last": jnp.asarray(rng.normal(size=(3, 4, 4, 10)), jnp.float32)},
+    }
+    return gj.Record(**(fields | changes))

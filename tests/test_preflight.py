@@ -7,10 +7,10 @@ import pytest
 from helpers import tiny_config
 
 import gompertz_jax as gj
-from gompertz_jax.training import config as config_module
 from gompertz_jax.training import preflight
 from gompertz_jax.training.data import Dataset, Split
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.objectives import build_objective
 
 
 def dataset(size=32, channels=3, classes=10):
@@ -29,7 +29,7 @@ def network(model, data, **options):
 
 def describe(data, *, student="mobilenetv2", teacher="resnet50", devices=1, **changes):
     config = tiny_config(**{"student.model": student, "teacher.model": teacher, **changes})
-    objective = config_module.build_objective(config, 100)
+    objective = build_objective(config, 100)
     return preflight.describe(
         data,
         student=("student", config.student.to_dict(), network(student, data)),
@@ -48,7 +48,8 @@ def test_the_reference_pair_is_described():
     for part in (
         "resnet50, 23,705,252 parameters, 64@32, 256@32, 512@16, 1024@8, 2048@4",
         "mobilenetv2, 812,836 parameters, 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2",
-        "student 1280@2 -> teacher 2048@4 by projection 'last', 2,625,536 parameters",
+        "wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's channels "
+        "standardised), 2,625,536 parameters",
         "100 of 64 images, 50 a dispatch",
         "kd           weight at 0, 25, 50, 75, 100 %: 0.00674",
         "MiB",

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import gompertz_jax as gj
-from gompertz_jax import objective as terms
+from gompertz_jax import terms
 
 SHAPE = (4, 4, 2)
 CLASSES = 3
@@ -437,3 +437,35 @@ def test_a_plain_loop_over_make_train_step_learns():
         state, metrics = train_step(state, teacher, batch(size=12))
         losses.append(float(metrics["ce/raw"][0]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_curve_follows_the_students_progress_and_the_state_carries_it():
+    """Agreement by hand from both linear networks, smoothed; each step's weight is the curve at the progress before."""
+    curve = gj.by_progress(gj.gompertz_schedule(1, displacement=3.0))
+    objective = gj.gompertz_objective(50, curve=curve, wasserstein_weight=0.0, gradient_weight=0.0)
+    objective = objective._replace(progress=gj.Progress(decay=0.8))
+    state, teacher, step = setup(objective, optimizer=optax.sgd(1.0), steps_per_dispatch=3)
+    b, expected = batch(size=12), 0.0
+    x = np.asarray(b["image"]).reshape(12, -1)
+    theirs = (x @ np.asarray(teacher.params["w"]) + np.asarray(teacher.params["b"])).argmax(-1)
+    seen = []
+    for _ in range(4):
+        state, metrics = step(state, teacher, b)
+        for agreement, progress, weight in zip(
+            metrics["agreement"], metrics["progress"], metrics["kd/weight"], strict=True
+        ):
+            np.testing.assert_allclose(progress, expected, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(weight, np.exp(-3 * np.exp(-8 * expected)), rtol=1e-4)
+            expected = 0.8 * expected + 0.2 * float(agreement)
+            seen.append(float(agreement))
+    np.testing.assert_allclose(state.progress["progress"], expected, rtol=1e-5)
+    ours = (x @ np.asarray(state.params["w"]) + np.asarray(state.params["b"])).argmax(-1)
+    assert seen[0] < seen[-1] <= np.mean(ours == theirs) + 0.1
+
+
+def test_progress_and_skipping_the_teacher_exclude_each_other():
+    objective = gj.gompertz_objective(50, curve=gj.by_progress(gj.gompertz_schedule(1)))
+    with pytest.raises(ValueError, match="cannot measure the student's progress"):
+        setup(objective, skip_below=0.1)
+    with pytest.raises(ValueError, match=r"progress.decay must lie in \[0, 1\), got 1.0"):
+        setup(objective._replace(progress=gj.Progress(decay=1.0)))

@@ -1,20 +1,13 @@
 """What a run is made of: every key with its default and meaning, and the checks that need no data."""
 
-import ast
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from .. import objective as terms
-from .. import schedules
-from ..objective import Objective, Projection, Term
-from ..schedules import Schedule
 from .errors import RunError
+from .objectives import build_objective
 
 Config = Any  # an ml_collections.ConfigDict: what its keys hold is known to get_default, not to a type checker
 
@@ -28,15 +21,6 @@ CHANGEABLE = (
     "checkpoint",
     "teacher.min_accuracy",
 )
-
-LOSSES: dict[str, Callable[..., Any]] = {
-    "cross_entropy": terms.cross_entropy,
-    "soft_targets": terms.soft_targets,
-    "wasserstein": terms.wasserstein,
-    "gaussian": terms.gaussian,
-    "gradient_match": terms.gradient_match,
-}
-SCHEDULED_ARGUMENTS = ("temperature", "epsilon")
 
 
 def get_recipe() -> dict[str, Any]:
@@ -91,8 +75,9 @@ def get_default() -> Config:
                 "curve": "gompertz(displacement=5, rate=8)",
                 # The weights of transport and gradients were measured once on training images and then frozen: see
                 # configs/cifar10_small.py.
-                # NAME: the loss, its weight and its options. Weights, temperature and epsilon are schedules in text:
-                # a number, a curve such as "linear(start=8, end=2)", `curve` for the one above, or a product of these.
+                # NAME: the loss, its weight and its options; docs/losses.md lists them. Without a weight it is the
+                # published one. Weights, temperature and epsilon are schedules in text: a number, a curve such as
+                # "linear(start=8, end=2)", `curve` for the one above, or a product of these.
                 # Every term may have `every_k_steps`: it is then computed at every k-th step only, at the same weight.
                 "terms": {
                     "ce": {"loss": "cross_entropy", "weight": "1"},
@@ -114,8 +99,13 @@ def get_default() -> Config:
                         "every_k_steps": 1,
                     },
                 },
-                # NAME: which stages a projection joins; -1 is the map that is pooled
+                # NAME: options of a projection, whose kind is that of the loss that reads it; what a loss reads by
+                # default need not be here. -1 is the map that is pooled.
                 "projections": {"last": {"student_stage": -1, "teacher_stage": -1}},
+                # What a weight under `progress(...)`, for instance the curve "progress(gompertz())", is indexed by: the
+                # share of the training batch that the student puts into the teacher's class ("agreement") or labels
+                # rightly, over the teacher's ("relative_accuracy"); smoothed over about 1 / (1 - decay) steps.
+                "progress": {"measure": "agreement", "decay": 0.99, "monotone": False},
                 # While every distillation weight is smaller than this, teacher and distillation are not computed
                 "skip_below": 0.0,
             },
@@ -139,157 +129,6 @@ def get_default() -> Config:
         open_ended.unlock()  # their keys are the user's; what they may be is checked where they are built
     config.objective.projections.unlock()
     return config
-
-
-# --- schedules in text ------------------------------------------------------------------------------------------------
-
-_CURVES = {
-    "gompertz": schedules.gompertz_schedule,
-    "gompertz_through": schedules.gompertz_through,
-    "logistic": schedules.logistic_schedule,
-    "linear": schedules.linear_schedule,
-    "cosine": schedules.cosine_schedule,
-}
-
-
-def parse_schedule(text: str, total_steps: int, *, curve: Schedule | None = None, where: str = "schedule") -> Schedule:
-    """A schedule from its text in a config.
-
-    Args:
-      text: a number; a curve with keyword arguments, one of `gompertz`, `gompertz_through`, `logistic`, `linear`,
-        `cosine`; `reversed(S)` and `matched(S)` of another schedule; `curve`; or a product of these.
-      total_steps: what the curves are indexed by.
-      curve: what the word `curve` stands for.
-      where: the config's key, for messages.
-
-    Returns:
-      step -> value.
-
-    Raises:
-      RunError: the text says nothing of the above, or a curve refuses its arguments.
-
-    Examples:
-      >>> halved = parse_schedule("0.5 * linear(start=0, end=1)", 100)
-      >>> float(halved(50))
-      0.25
-    """
-
-    def fail(reason: str) -> RunError:
-        return RunError(
-            f"{where} = {text!r}: {reason}. Write a number, one of {', '.join(_CURVES)} with keyword arguments, "
-            f"reversed(...), matched(...), curve, or a product such as '0.5 * curve'"
-        )
-
-    def build(node: ast.expr) -> Schedule:
-        match node:
-            case ast.Constant(value=int() | float() as value):
-                return schedules.constant_schedule(value)
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return schedules.constant_schedule(-value)
-            case ast.Name(id="curve") if curve is not None:
-                return curve
-            case ast.BinOp(op=ast.Mult(), left=left, right=right):
-                first, second = build(left), build(right)
-                return lambda step: first(step) * second(step)
-            case ast.Call(func=ast.Name(id="reversed"), args=[inner], keywords=[]):
-                return schedules.reversed_schedule(build(inner), total_steps)
-            case ast.Call(func=ast.Name(id="matched"), args=[inner], keywords=[]):
-                return schedules.matched_constant(build(inner), total_steps)
-            case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords) if name in _CURVES:
-                try:
-                    arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
-                except ValueError:
-                    raise fail(f"the arguments of {name} must be numbers") from None
-                try:
-                    return _CURVES[name](total_steps, **arguments)
-                except TypeError:
-                    legal = list(inspect.signature(_CURVES[name]).parameters)[1:]
-                    raise fail(f"{name} takes {', '.join(legal)}, got {', '.join(map(str, arguments))}") from None
-        raise fail(f"cannot read {ast.unparse(node)!r}")
-
-    try:
-        return build(ast.parse(str(text), mode="eval").body)
-    except SyntaxError:
-        raise fail("is not an expression") from None
-    except RunError:
-        raise
-    except ValueError as error:
-        raise fail(str(error)) from None
-
-
-def sampled(schedule: Schedule, total_steps: int) -> np.ndarray:
-    """A schedule's value at every step of a run, on the host."""
-    return np.broadcast_to(np.asarray(schedule(np.arange(total_steps))), (total_steps,))
-
-
-# --- the objective ----------------------------------------------------------------------------------------------------
-
-
-def build_objective(config: Config, total_steps: int) -> Objective:
-    """The objective that `config.objective` describes; terms of weight 0 are left out, with their cost.
-
-    Raises:
-      RunError: an unknown loss or option, a temperature or epsilon that is not positive at some step, a weight that is
-        not finite, a projection that is not defined, no term at all.
-    """
-    curve = parse_schedule(config.objective.curve, total_steps, where="objective.curve")
-    built = []
-    for name, spec in sorted(config.objective.terms.items(), key=lambda item: (item[0] != "ce", item[0])):
-        where = f"objective.terms.{name}"
-        if not isinstance(spec, ml_collections.ConfigDict):
-            raise RunError(f"{where} = {spec!r} must be a group of keys with a loss and a weight")
-        options = spec.to_dict()
-        if missing := {"loss", "weight"} - options.keys():
-            raise RunError(f"{where} lacks {' and '.join(sorted(missing))}")
-        loss_name, weight_text = options.pop("loss"), options.pop("weight")
-        every = options.pop("every_k_steps", 1)
-        if type(every) is not int or every < 1:
-            raise RunError(f"{where}.every_k_steps = {every!r} must be a whole number of at least 1")
-        if every > 1 and loss_name == "cross_entropy":
-            raise RunError(f"{where}.every_k_steps = {every}: the cross-entropy is computed at every step")
-        if loss_name not in LOSSES:
-            raise RunError(f"{where}.loss = {loss_name!r} is unknown; there are {', '.join(LOSSES)}")
-        loss = LOSSES[loss_name]
-        legal = [parameter for parameter in inspect.signature(loss).parameters if parameter != "record"]
-        if unknown := [key for key in options if key not in legal]:
-            raise RunError(f"{where}.{unknown[0]} is no option of {loss_name}, which takes {', '.join(legal)}")
-        weight = parse_schedule(weight_text, total_steps, curve=curve, where=f"{where}.weight")
-        weights = sampled(weight, total_steps)
-        if not np.isfinite(weights).all():
-            step = int(np.argmin(np.isfinite(weights)))
-            raise RunError(f"{where}.weight = {weight_text!r} is not finite at step {step}")
-        if not weights.any():
-            continue
-        scheduled = {}
-        for key in [key for key in options if key in SCHEDULED_ARGUMENTS]:
-            text = options.pop(key)
-            scheduled[key] = parse_schedule(text, total_steps, curve=curve, where=f"{where}.{key}")
-            values = sampled(scheduled[key], total_steps)
-            if not (np.isfinite(values) & (values > 0)).all():
-                step = int(np.argmin(np.isfinite(values) & (values > 0)))
-                raise RunError(f"{where}.{key} = {text!r} is {values[step]:g} at step {step}; it must stay above 0")
-        if "projection" in legal and options.setdefault("projection", "last") not in config.objective.projections:
-            known = ", ".join(config.objective.projections) or "none"
-            raise RunError(
-                f"{where}.projection = {options['projection']!r} is not among objective.projections: {known}"
-            )
-        if loss_name == "cross_entropy":
-            options.setdefault("label_smoothing", config.recipe.label_smoothing)
-        distils = loss_name != "cross_entropy"
-        built.append(Term(name, weight, partial(loss, **options), scheduled, distils=distils, every_k_steps=every))
-    if not built:
-        raise RunError("objective.terms: every weight is 0, so there is nothing to learn; give one term a weight")
-    used = sorted({term.loss.keywords["projection"] for term in built if "projection" in term.loss.keywords})
-    projections = {}
-    for name in used:
-        spec = config.objective.projections[name]
-        stages = spec.to_dict() if isinstance(spec, ml_collections.ConfigDict) else {}
-        if stages.keys() != set(Projection._fields) or not all(isinstance(stage, int) for stage in stages.values()):
-            raise RunError(
-                f"objective.projections.{name} = {stages or spec!r} must have the integers student_stage, teacher_stage"
-            )
-        projections[name] = Projection(**stages)
-    return Objective(tuple(built), projections)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

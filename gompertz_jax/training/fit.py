@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..network import Network
-from ..objective import Objective, measure_teacher
+from ..network import Network, Outputs
+from ..objective import Objective
+from ..projections import measure_teacher
 from ..step import (
     HEALTHY,
     TrainState,
@@ -152,8 +153,9 @@ def fit(
     ):
         clock = Clock()
         if checkpoints.latest_step is None and teacher is not None and objective.projections:
-            features = _teacher_features(teacher, data.images[: config.teacher_statistics_images], mesh)
-            state = state._replace(projection_stats=measure_teacher(objective, state.projection_stats, features))
+            taught = _teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
+            measured = measure_teacher(objective.projections, state.projection_stats, taught)
+            state = state._replace(projection_stats=measured)
         state, best = replicate((state, Best.none(state)), mesh)
         if checkpoints.latest_step is not None:
             (state, best), record = checkpoints.restore((state, best))
@@ -244,12 +246,13 @@ def _evaluated(network: Network, state: TrainState) -> Network:
     return network.replace(params=params, stats=stats)
 
 
-def _teacher_features(
-    teacher: Network, images: jax.Array | np.ndarray, mesh: Mesh, *, batch_size: int = 200
-) -> Iterator[tuple[Any, ...]]:
-    features = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False)[0].features)
-    for start in range(0, len(images), batch_size):
-        yield features(teacher, replicate(images[start : start + batch_size], mesh))
+def _teacher_outputs(
+    teacher: Network, data: Images, count: int, mesh: Mesh, *, batch_size: int = 200
+) -> Iterator[tuple[Outputs, Any]]:
+    outputs = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False)[0])
+    for start in range(0, min(count, len(data.labels)), batch_size):
+        chosen = slice(start, min(start + batch_size, count))
+        yield outputs(teacher, replicate(data.images[chosen], mesh)), data.labels[chosen]
 
 
 class Best(NamedTuple):

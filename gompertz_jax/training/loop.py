@@ -23,6 +23,7 @@ from .config import Config
 from .data import Dataset, load
 from .feed import Images
 from .fit import Fitted, Plan, fit
+from .objectives import build_objective
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .teacher import gate, load_network, network_from, network_shapes, read_card, save_network
 from .workdir import check_workdir, claim_workdir, frozen, provenance
@@ -67,7 +68,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         )
     )
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
-    objective = config_module.build_objective(config, plan.steps)
+    objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
     say(
         preflight.describe(

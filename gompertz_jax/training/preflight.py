@@ -1,7 +1,9 @@
 """What a run is about to do, said and checked from shapes alone before anything is compiled."""
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..network import Network, Outputs, PyTree
-from ..objective import Objective, Record, evaluate, init_projections, project
+from ..objective import Objective, Term, evaluate
+from ..projections import init_projections, project, stage_pairs
+from ..record import Leading, Record
+from ..schedules import ByProgress
 from ..step import output_shapes
-from . import config as config_module
 from .data import Dataset
 from .errors import RunError
+from .objectives import sampled
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -68,50 +73,65 @@ def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: 
 
 
 def check_projections(objective: Objective, student: Outputs, teacher: Outputs) -> None:
-    """Refuse a projection between stages that one of the networks does not have."""
+    """Refuse a projection between stages that one of the networks does not have, or that it cannot join."""
     for name, projection in objective.projections.items():
-        for role, shapes, stage in (
-            ("student", student, projection.student_stage),
-            ("teacher", teacher, projection.teacher_stage),
-        ):
-            count = len(shapes.features)
-            if not -count <= stage < count:
-                raise RunError(
-                    f"objective.projections.{name}.{role}_stage = {stage}: the {role} has stages 0 to {count - 1} "
-                    f"({stages(shapes)}), or -1 for the last"
-                )
+        where = f"objective.projections.{name}"
+        try:
+            for pair in projection.stages(student, teacher):
+                _check_stages(pair, student, teacher, where)
+            jax.eval_shape(lambda key, p=projection: p.init(key, student, teacher), jax.random.key(0))
+        except ValueError as error:
+            raise RunError(f"{where}: {error}") from error
+
+
+def _check_stages(pair: tuple[int, int], student: Outputs, teacher: Outputs, where: str) -> None:
+    for role, shapes, stage in (("student", student, pair[0]), ("teacher", teacher, pair[1])):
+        count = len(shapes.features)
+        if not -count <= stage < count:
+            raise RunError(
+                f"{where}: {role} stage {stage}: the {role} has stages 0 to {count - 1} ({stages(shapes)}), "
+                "or -1 for the last"
+            )
 
 
 def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None, image_shape: tuple[int, ...]) -> None:
     """Refuse a term that cannot be computed from these shapes, before any of it is compiled."""
 
     def record(student: Outputs, teacher: Outputs | None) -> Record:
-        maps = ({}, {}, {})
+        views = ({}, {}, {})
         if teacher is not None:
-            maps = project(
-                objective, *init_projections(objective, student, teacher, jax.random.key(0)), student, teacher
-            )
+            projections = objective.projections
+            fresh = init_projections(projections, student, teacher, jax.random.key(0))
+            views = project(projections, *fresh, student, teacher)
 
-        def pull_back(cotangent: jax.Array) -> jax.Array:
-            return jnp.zeros((len(cotangent), *image_shape))
+        def pull_back_of(outputs: Outputs | None) -> Any:
+            def pull_back(cotangent: jax.Array, stage: int | None = None) -> jax.Array:
+                shape = image_shape if stage is None or outputs is None else outputs.features[stage].shape[1:]
+                return jnp.zeros((len(cotangent), *shape))
+
+            return pull_back
+
+        def leading(count: int) -> Leading:
+            ours, theirs = jax.tree.map(lambda a: a[:count], (student, teacher))
+            return Leading(ours, pull_back_of(ours), theirs, pull_back_of(theirs))
 
         return Record(
             jnp.zeros(len(student.logits), jnp.int32),
             student,
             teacher,
-            student_maps=maps[0],
-            teacher_maps=maps[1],
-            student_pullback=pull_back,
-            teacher_pullback=pull_back,
-            leading=lambda count: (student.logits[:count], pull_back, pull_back),
+            student_views=views[0],
+            teacher_views=views[1],
+            student_pullback=pull_back_of(student),
+            teacher_pullback=pull_back_of(teacher),
+            leading=leading,
             key=jax.random.key(0),
         )
 
     for term in objective.terms:
         alone = Objective((term,), objective.projections)
         try:
-            jax.eval_shape(lambda s, t, alone=alone: evaluate(alone, record(s, t), 0).raw, student, teacher)
-        except (TypeError, ValueError) as error:
+            jax.eval_shape(lambda s, t, alone=alone: evaluate(alone, record(s, t), 0, 0.0).raw, student, teacher)
+        except (IndexError, TypeError, ValueError) as error:
             raise RunError(f"objective.terms.{term.name} cannot be computed: {str(error).splitlines()[0]}") from error
 
 
@@ -180,13 +200,14 @@ def describe(
     projections = {}
     if theirs is not None:
         check_projections(objective, ours, theirs)
-        projections, _ = jax.eval_shape(lambda key: init_projections(objective, ours, theirs, key), jax.random.key(0))
-        rows += [("matched", text) for text in _matches(objective, ours, theirs, projections)]
+        projections = _projection_shapes(objective, ours, theirs)
+        rows += [("matched", text) for text in matches(objective, ours, theirs)]
     check_terms(objective, ours, theirs, image_shape)
     for term in objective.terms:
-        weights = config_module.sampled(term.weight, steps)
+        weights = sampled(term.weight, steps)
         corners = ", ".join(f"{weights[round(part * (steps - 1))]:.3g}" for part in (0, 0.25, 0.5, 0.75, 1))
-        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %: {corners}; mean {weights.mean():.3g}"))
+        of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
+        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {corners}{mean}"))
     epochs = steps * batch_size / len(dataset.train.labels)
     share = f" ({batch_size // devices} a device)" if devices > 1 else ""
     taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
@@ -201,18 +222,43 @@ def _processes() -> str:
     return f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
 
 
-def _matches(objective: Objective, student: Outputs, teacher: Outputs, projections: PyTree) -> Iterator[str]:
-    """Which stage is matched with which, for what, and at the price of how many parameters."""
+def matches(objective: Objective, student: Outputs, teacher: Outputs) -> Iterator[str]:
+    """Which stage is matched with which, for what, how, and at the price of how many parameters."""
+
+    def joined(pairs: Iterable[tuple[int, int]]) -> str:
+        maps = ((student.features[i].shape, teacher.features[j].shape) for i, j in pairs)
+        return ", ".join(f"{a[3]}@{_size(a)} -> {b[3]}@{_size(b)}" for a, b in maps) or "logits or pooled vectors"
+
+    options = {term.name: getattr(term.loss, "keywords", {}) for term in objective.terms}
+    projections = _projection_shapes(objective, student, teacher)
     for name, projection in objective.projections.items():
-        ours = student.features[projection.student_stage].shape
-        theirs = teacher.features[projection.teacher_stage].shape
-        readers = [
-            term.name for term in objective.terms if getattr(term.loss, "keywords", {}).get("projection") == name
-        ]
+        readers = ", ".join(term for term, chosen in options.items() if chosen.get("projection") == name)
         yield (
-            f"{', '.join(readers)}: student {ours[3]}@{_size(ours)} -> teacher {theirs[3]}@{_size(theirs)} "
-            f"by projection '{name}', {count_parameters(projections[name]):,} parameters"
+            f"{readers}: {joined(projection.stages(student, teacher))} by projection '{name}' "
+            f"({projection.describe(student, teacher)}), {count_parameters(projections[name]):,} parameters"
         )
+    for term in objective.terms:
+        if term.bridge:
+            yield f"{term.name}: {joined(_pairs(options[term.name], term, student, teacher))}; {term.bridge}"
+
+
+def _projection_shapes(objective: Objective, student: Outputs, teacher: Outputs) -> PyTree:
+    fresh = partial(init_projections, objective.projections, student, teacher)
+    return jax.eval_shape(lambda key: fresh(key)[0], jax.random.key(0))
+
+
+def _pairs(options: Mapping[str, Any], term: Term, student: Outputs, teacher: Outputs) -> Sequence[tuple[int, int]]:
+    """The stages that a term without projection joins."""
+    parameters = inspect.signature(term.loss).parameters
+    if "pairs" in parameters:
+        pairs = stage_pairs(options.get("pairs", ()), student, teacher)
+    elif "student_stage" in parameters:
+        pairs = [(options.get("student_stage", -1), options.get("teacher_stage", -1))]
+    else:
+        pairs = [term.gradient_stages] if term.gradient_stages else []
+    for pair in pairs:
+        _check_stages(pair, student, teacher, f"objective.terms.{term.name}")
+    return pairs
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,0 +1,69 @@
+"""What the terms of an objective read: both networks' outputs on one batch, and what can be asked of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxtyping import Array, Int
+
+from .network import Outputs
+
+Pullback: TypeAlias = Callable[..., Any]
+"""`pullback(cotangent [B, K], stage=None)`: the gradient of `sum(cotangent * logits)` at the images, or at the map of a
+stage that a term asked for (`Term.gradient_stages`)."""
+
+
+class Leading(NamedTuple):
+    """The first images of a batch, by forward passes of their own in evaluation mode."""
+
+    student: Outputs
+    student_pullback: Pullback
+    teacher: Outputs
+    teacher_pullback: Pullback
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the terms may read. Nothing is computed that no term asks for.
+
+    Attributes:
+      labels: class indices, `[B]`.
+      student: the student's outputs in training mode.
+      teacher: the teacher's outputs in evaluation mode; None when the student learns alone.
+      student_views: by projection name, what the projection made of the student's outputs, for instance its map in the
+        teacher's width, `[B, h, w, c]`.
+      teacher_views: by projection name, the teacher's side of it.
+      student_pullback: shares the forward pass behind `student`, in training mode: BatchNorm's cross terms between
+        images are included.
+      teacher_pullback: the same of the teacher, in evaluation mode; a constant.
+      leading: the first `count` images alone; the student's running statistics are constants there.
+      per_image: makes `f(*arrays [B, ...], **shared) -> [B]`, which treats every image alone, run on each device's
+        images without communication. As it stands, for one device: f itself.
+      whole_batch: makes a function of the same form that compares the images of the batch with each other run on the
+        global batch, gathered before and not inside.
+      key: this step's random key, for losses that draw.
+    """
+
+    labels: Int[Array, " batch"]
+    student: Outputs
+    teacher: Outputs | None = None
+    student_views: Mapping[str, Any] = field(default_factory=dict)
+    teacher_views: Mapping[str, Any] = field(default_factory=dict)
+    student_pullback: Pullback | None = None
+    teacher_pullback: Pullback | None = None
+    leading: Callable[[int], Leading] | None = None
+    per_image: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    whole_batch: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    key: Any = None
+
+    def taught(self) -> Outputs:
+        """The teacher's outputs.
+
+        Raises:
+          ValueError: there is no teacher.
+        """
+        if self.teacher is None:
+            raise ValueError(
+                "this term needs a teacher, and the step was given none: pass teacher=... or drop the term"
+            )
+        return self.teacher

@@ -1,0 +1,394 @@
+"""What a term of an objective computes: each a pure function of a `Record`, ready to stand in a config.
+
+A term reads what it needs from the record (logits, maps, vectors, what a projection made of them, pull-backs) and hands
+it to a loss of `gompertz_jax.losses`, where the formula, the source and the published weight are. Options are keywords;
+`temperature` and `epsilon` may be schedules. Where a loss joins maps, `student_stage` and `teacher_stage` are indices
+into `Outputs.features`, -1 the map that is pooled; where it joins several, `pairs` lists them, and none means index by
+index all that both networks have after their stem.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from .losses import features, gradients, logits, relations
+from .network import Outputs
+from .projections import stage_pairs
+from .record import Record
+
+# A term over several stages; each pair is (student stage, teacher stage).
+Pairs = tuple[tuple[int, int], ...]
+Health = dict[str, Float[Array, "..."]]
+
+TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)  # of MLKD's three levels
+
+
+# --- class scores -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(record: Record, *, label_smoothing: float = 0.0) -> Float[Array, " batch"]:
+    """Cross-entropy of the student's logits with the labels."""
+    return logits.cross_entropy(record.student.logits, record.labels, label_smoothing=label_smoothing)
+
+
+def soft_targets(record: Record, *, temperature: Any = 4.0, standardize: bool = False) -> Float[Array, " batch"]:
+    """`soft_target_kl`; with `standardize`, as with every term of this section, of `standardize_logits`."""
+    return logits.soft_target_kl(*_logits(record, standardize), temperature=temperature)
+
+
+def decoupled(
+    record: Record, *, alpha: float = 1.0, beta: float = 8.0, temperature: Any = 4.0, standardize: bool = False
+) -> Float[Array, " batch"]:
+    """`decoupled_kl` (DKD)."""
+    student, teacher = _logits(record, standardize)
+    return logits.decoupled_kl(student, teacher, record.labels, alpha=alpha, beta=beta, temperature=temperature)
+
+
+def multi_temperature(
+    record: Record, *, temperatures: tuple[float, ...] = TEMPERATURES, standardize: bool = False
+) -> Float[Array, " batch"]:
+    """`multi_temperature_kl` (MLKD, single images)."""
+    return logits.multi_temperature_kl(*_logits(record, standardize), temperatures=tuple(temperatures))
+
+
+def interclass_correlation(
+    record: Record, *, temperature: Any = 4.0, standardize: bool = False
+) -> Float[Array, " batch"]:
+    """`interclass_correlation` (DIST, within an image)."""
+    return logits.interclass_correlation(*_logits(record, standardize), temperature=temperature)
+
+
+def intraclass_correlation(
+    record: Record, *, temperature: Any = 4.0, standardize: bool = False
+) -> Float[Array, " classes"]:
+    """`intraclass_correlation` (DIST, within a class over the batch)."""
+    return relations.intraclass_correlation(*_logits(record, standardize), temperature=temperature)
+
+
+def batch_correlation(
+    record: Record, *, temperatures: tuple[float, ...] = TEMPERATURES, standardize: bool = False
+) -> Float[Array, " batch"]:
+    """`batch_correlation` (MLKD, between images), summed over the temperatures."""
+    student, teacher = _logits(record, standardize)
+    return _total(relations.batch_correlation(student, teacher, temperature=number) for number in temperatures)
+
+
+def class_correlation(
+    record: Record, *, temperatures: tuple[float, ...] = TEMPERATURES, standardize: bool = False
+) -> Float[Array, " classes"]:
+    """`class_correlation` (MLKD, between classes), summed over the temperatures."""
+    student, teacher = _logits(record, standardize)
+    return _total(relations.class_correlation(student, teacher, temperature=number) for number in temperatures)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+def hint(record: Record, *, projection: str = "hint") -> Float[Array, " batch"]:
+    """`hint_distance` (FitNet) between the regressed student's map and the teacher's."""
+    return features.hint_distance(record.student_views[projection], record.teacher_views[projection])
+
+
+def attention_transfer(record: Record, *, pairs: Pairs = (), power: float = 2.0) -> Float[Array, " batch"]:
+    """`attention_transfer` (AT), summed over the pairs of stages."""
+    return _over_pairs(record, pairs, partial(features.attention_transfer, power=power))
+
+
+def neuron_selectivity(record: Record, *, pairs: Pairs = ()) -> Float[Array, " batch"]:
+    """`neuron_selectivity` (NST), summed over the pairs of stages."""
+    return _over_pairs(record, pairs, features.neuron_selectivity)
+
+
+def variational_information(record: Record, *, projection: str = "variational") -> Float[Array, " batch"]:
+    """`variational_information` (VID), summed over the projection's pairs of stages."""
+    predicted, maps = record.student_views[projection], record.teacher_views[projection]
+    return _total(
+        features.variational_information(mean, variance, target)
+        for (mean, variance), target in zip(predicted, maps, strict=True)
+    )
+
+
+def review(record: Record, *, projection: str = "review") -> Float[Array, " batch"]:
+    """`hierarchical_context` (ReviewKD), summed over the maps that the projection fused."""
+    fused, maps = record.student_views[projection], record.teacher_views[projection]
+    return _total(features.hierarchical_context(ours, theirs) for ours, theirs in zip(fused, maps, strict=True))
+
+
+# --- relations between the images of a batch --------------------------------------------------------------------------
+
+
+def similarity_preserving(
+    record: Record, *, student_stage: int = -1, teacher_stage: int = -1
+) -> Float[Array, " batch"]:
+    """`similarity_preserving` (SP) of whole maps."""
+    ours, theirs = record.student.features[student_stage], record.taught().features[teacher_stage]
+    return relations.similarity_preserving(ours, theirs)
+
+
+def correlation_congruence(record: Record, *, gamma: float = 0.4, order: int = 2) -> Float[Array, " batch"]:
+    """`correlation_congruence` (CC) of the pooled vectors."""
+    return relations.correlation_congruence(record.student.pooled, record.taught().pooled, gamma=gamma, order=order)
+
+
+def relational_distance(record: Record) -> Float[Array, " batch"]:
+    """`relational_distance` (RKD-D) of the pooled vectors."""
+    return relations.relational_distance(record.student.pooled, record.taught().pooled)
+
+
+def relational_angle(record: Record) -> Float[Array, " batch"]:
+    """`relational_angle` (RKD-A) of the pooled vectors."""
+    return relations.relational_angle(record.student.pooled, record.taught().pooled)
+
+
+def probabilistic_transfer(record: Record) -> Float[Array, " batch"]:
+    """`probabilistic_transfer` (PKT) of the pooled vectors."""
+    return relations.probabilistic_transfer(record.student.pooled, record.taught().pooled)
+
+
+def contrastive_representation(
+    record: Record, *, projection: str = "embedding", temperature: Any = 0.07, other_classes: bool = True
+) -> Float[Array, " batch"]:
+    """`contrastive_representation` (CRD, in the batch); with `other_classes`, negatives are images of other labels."""
+    return relations.contrastive_representation(
+        record.student_views[projection],
+        record.teacher_views[projection],
+        temperature=temperature,
+        labels=record.labels if other_classes else None,
+    )
+
+
+# --- transport --------------------------------------------------------------------------------------------------------
+
+
+def wasserstein(
+    record: Record,
+    *,
+    projection: str = "last",
+    epsilon: Any = 0.05,
+    debiased: bool = False,
+    cloud: str = "image",
+    cost: str = "squared_euclidean",
+    marginal_penalty: float = 0.0,
+) -> tuple[Float[Array, "..."], Health]:
+    """Transport between both maps; the squared Euclidean cost is divided by the width (about 0 to 2).
+
+    Args:
+      record: the outputs; the projection's views are used.
+      projection: which maps.
+      epsilon: see `sinkhorn_distance`.
+      debiased: likewise.
+      cloud: "image": the positions of one image's map, paired with the same image's. "batch": every image of the global
+        batch is one point, the mean over its positions; which image is which is then ignored. "class": likewise, but
+        mass moves between images of one class only.
+      cost: see `sinkhorn_distance`.
+      marginal_penalty: likewise; 0 keeps both marginals.
+
+    Returns:
+      One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
+
+    Raises:
+      ValueError: `cloud` is none of these, or "class" with a penalty.
+    """
+    from .losses.wasserstein import class_sinkhorn_distance, sinkhorn_distance
+
+    x, y = _clouds(record, projection)
+    if cloud == "class":
+        if debiased or marginal_penalty:
+            raise ValueError("cloud='class' takes neither debiased nor marginal_penalty")
+        transport = partial(class_sinkhorn_distance, cost=cost, return_diagnostics=True)
+        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), record.labels, epsilon=epsilon)
+        return distance, _told(health, distance.dtype)
+    transport = partial(
+        sinkhorn_distance,
+        cost=cost,
+        marginal_penalty=marginal_penalty or None,
+        debiased=debiased,
+        return_diagnostics=True,
+    )
+    if cloud == "image":
+        distance, health = record.per_image(transport)(x, y, epsilon=epsilon)
+    elif cloud == "batch":
+        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), epsilon=epsilon)
+    else:
+        raise ValueError(f"cloud must be 'image', 'batch' or 'class', got {cloud!r}")
+    return distance, _told(health, distance.dtype)
+
+
+def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batch"]:
+    """Squared 2-Wasserstein between diagonal Gaussians fitted to both maps, divided by the width."""
+    from .losses.wasserstein import gaussian_distance
+
+    return gaussian_distance(*_clouds(record, projection))
+
+
+def wasserstein_features(
+    record: Record, *, projection: str = "width", mean_weight: float = 4.0, grid: int = 1
+) -> Float[Array, " batch"]:
+    """`wasserstein_gaussians` (WKD-F) between the student's map in the teacher's width and the teacher's."""
+    from .losses.wasserstein import wasserstein_gaussians
+
+    ours, theirs = record.student_views[projection], record.teacher_views[projection]
+    return wasserstein_gaussians(ours, theirs, mean_weight=mean_weight, grid=grid)
+
+
+def wasserstein_logits(
+    record: Record, *, projection: str = "classes", temperature: Any = 8.0, epsilon: Any = 0.05
+) -> tuple[Float[Array, " batch"], Health]:
+    """`wasserstein_logits` (WKD-L) over all classes but the label, at the teacher's distances between classes."""
+    from .losses.wasserstein import wasserstein_logits
+
+    def transport(student: Array, teacher: Array, labels: Array, **shared: Any) -> Any:
+        return wasserstein_logits(student, teacher, labels=labels, return_diagnostics=True, **shared)
+
+    distance, health = record.per_image(transport)(
+        record.student.logits,
+        record.taught().logits,
+        record.labels,
+        class_cost=record.teacher_views[projection],
+        temperature=temperature,
+        epsilon=epsilon,
+    )
+    return distance, _told(health, distance.dtype)
+
+
+def target_cross_entropy(record: Record) -> Float[Array, " batch"]:
+    """`target_cross_entropy`, the label's part of WKD-L."""
+    from .losses.wasserstein import target_cross_entropy
+
+    return target_cross_entropy(record.student.logits, record.taught().logits, record.labels)
+
+
+def _told(health: Any, dtype: Any) -> Health:
+    return {
+        "converged": health.converged.astype(dtype),
+        "iterations": health.iterations.astype(dtype),
+        "marginal_error": health.marginal_error,
+    }
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+# Of which score the gradient is taken: `(record, student's logits, teacher's logits) -> cotangents of both`.
+def _top_class(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
+    top = gradients.top_class(teacher)
+    return top, top
+
+
+def _label(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
+    labels = record.labels[: len(student)]
+    return gradients.label_class(student, labels), gradients.label_class(teacher, labels)
+
+
+def _cross_entropy(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
+    labels = record.labels[: len(student)]
+    return gradients.cross_entropy_direction(student, labels), gradients.cross_entropy_direction(teacher, labels)
+
+
+def _random(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
+    direction = gradients.random_direction(teacher, key=record.key)
+    return direction, direction
+
+
+TARGETS: Mapping[str, Callable[[Record, Array, Array], tuple[Array, Array]]] = {
+    "top_class": _top_class,
+    "label": _label,
+    "cross_entropy": _cross_entropy,
+    "random": _random,
+}
+
+
+def gradient_match(
+    record: Record,
+    *,
+    target: str = "top_class",
+    kind: str = "cosine",
+    pool: int = 4,
+    images: int = 0,
+    stages: tuple[int, ...] = (),
+) -> Float[Array, " images"]:
+    """Distance between the gradients of a score in both networks, at the images or at a stage of each.
+
+    Args:
+      record: the outputs and pull-backs.
+      target: the score. "top_class": the logit of the teacher's top class; "label": of the label; "cross_entropy": each
+        network's own cross-entropy; "random": a random projection of the logits, drawn anew at each step.
+      kind: see `gradient_distance`.
+      pool: both gradients are average-pooled by `pool x pool` first: pixel gradients of independently trained networks
+        hardly agree, coarse ones do.
+      images: how many images of the batch are compared, its first ones; 0 for all. All share the training-mode forward
+        pass of the other terms; fewer are passed through the student once more, in evaluation mode.
+      stages: none for the gradient at the images; (student stage, teacher stage) for `contribution_map` at these maps,
+        the larger one averaged to the size of the smaller.
+
+    Returns:
+      One distance per compared image.
+
+    Raises:
+      ValueError: `target` is unknown, `images` is negative or exceeds the batch, `stages` is no pair.
+    """
+    teacher = record.taught()
+    batch = teacher.logits.shape[0]
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if not 0 <= images <= batch:
+        raise ValueError(f"images must lie in [0, {batch}], the batch, got {images}")
+    if len(stages) not in (0, 2):
+        raise ValueError(f"stages must be empty or (student stage, teacher stage), got {stages!r}")
+    if images in (0, batch):
+        student, pull_student, pull_teacher = record.student, record.student_pullback, record.teacher_pullback
+    else:
+        assert record.leading is not None
+        student, pull_student, teacher, pull_teacher = record.leading(images)
+    assert pull_student is not None and pull_teacher is not None
+    to_student, to_teacher = TARGETS[target](record, student.logits, teacher.logits)
+    ours = _gradient(student, pull_student, to_student, stages[:1])
+    theirs = jax.lax.stop_gradient(_gradient(teacher, pull_teacher, to_teacher, stages[1:]))
+    if stages:
+        ours, theirs = features.to_one_size(ours, theirs)
+    pooled = gradients.pool_gradient(ours, pool), gradients.pool_gradient(theirs, pool)
+    return gradients.gradient_distance(*pooled, kind=kind)
+
+
+def _gradient(outputs: Outputs, pull_back: Any, cotangent: Array, stage: tuple[int, ...]) -> Array:
+    cotangent = cotangent.astype(outputs.logits.dtype)
+    if not stage:
+        return pull_back(cotangent)
+    index = stage[0] % len(outputs.features)
+    return gradients.contribution_map(outputs.features[index], pull_back(cotangent, stage=index))[..., None]
+
+
+# Published forms of it, under their names.
+jacobian = partial(gradient_match, target="top_class", kind="normalized_l2", pool=1)
+sobolev = partial(gradient_match, target="random", kind="l2", pool=1)
+gradient_attention = partial(gradient_match, target="cross_entropy", kind="l2", pool=1)
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _logits(record: Record, standardize: bool) -> tuple[Array, Array]:
+    student, teacher = record.student.logits, record.taught().logits
+    return (
+        (logits.standardize_logits(student), logits.standardize_logits(teacher)) if standardize else (student, teacher)
+    )
+
+
+def _over_pairs(record: Record, pairs: Pairs, loss: Callable[[Array, Array], Array]) -> Array:
+    ours, theirs = record.student.features, record.taught().features
+    return _total(loss(ours[i], theirs[j]) for i, j in stage_pairs(pairs, record.student, record.taught()))
+
+
+def _total(values: Iterable[Array]) -> Array:
+    first, *rest = values
+    return sum(rest, start=first)
+
+
+def _clouds(record: Record, projection: str) -> tuple[Array, Array]:
+    """Both maps as point clouds `[B, positions, width]`, scaled so that squared distances are per channel."""
+    x, y = record.student_views[projection], record.teacher_views[projection]
+    scale = y.shape[-1] ** -0.5
+    return tuple(scale * a.reshape(a.shape[0], -1, a.shape[-1]) for a in (x, y))  # pyright: ignore[reportReturnType]
