@@ -10,8 +10,8 @@ from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config(), FILE[:VARIANT].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>[-<its variant>].")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Several processes, found by JAX (Slurm, Kubernetes, TPU pod).")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes by hand: HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many; with --coordinator.")
@@ -32,12 +32,14 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and what fails with tracebacks
     if arguments[1:]:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
-    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    path, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
+    file = Path(path)
     if not file.is_file():
         sys.exit(f"error: --config: there is no file {file}; the experiments that come with this are in configs/")
     try:
         connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value)
-        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{file.stem}")
+        name = "-".join([file.stem, *variant])
+        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
     except RunError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
