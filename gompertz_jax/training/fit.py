@@ -36,9 +36,9 @@ from .config import Config
 from .errors import RunError
 from .feed import Feed, Held, Images
 from .optim import learning_rate, make_optimizer
-from .sharding import replicate, say
+from .sharding import on_main, replicate, say
 from .teacher import fingerprint
-from .writer import MetricsWriter, Progress
+from .writer import METRICS, MetricsWriter, Progress, lines_until, read_metrics
 
 PROJECTIONS = 0x50  # folded into the seed, so that projections, weights and batches draw from different keys
 
@@ -139,8 +139,11 @@ def fit(
     taught_by = None if teacher is None else fingerprint(teacher)
     teacher = replicate(teacher, mesh)
 
+    def lines_are_there(step: int, record: Mapping[str, Any]) -> bool:
+        return len(lines_until(read_metrics(workdir / METRICS), step)) == record["lines"]
+
     with (
-        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=lines_are_there) as checkpoints,
         Feed(
             data,
             seed=seed,
@@ -163,6 +166,8 @@ def fit(
                 )
             clock = Clock(**record["timing"])
             say(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}")
+            if not on_main(lambda: lines_are_there(int(state.step), record)):
+                say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
         earlier, step = clock.total_seconds, int(state.step)
 
         train_step = make_train_step(
@@ -209,7 +214,7 @@ def fit(
                     writer.write({"step": step, "split": "validation", **line})
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
-                record = {"timing": clock.record(), "taught_by": taught_by}
+                record = {"timing": clock.record(), "taught_by": taught_by, "lines": writer.lines}
                 with jax.transfer_guard("allow"):  # Orbax fetches the arrays in its own way
                     checkpoints.save(step, (found.state, found.best), record)
 

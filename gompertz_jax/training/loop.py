@@ -21,10 +21,12 @@ from . import preflight
 from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, load
+from .errors import RunError
 from .feed import Images
 from .fit import Fitted, Plan, fit
+from .intact import set_aside
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
-from .teacher import gate, load_network, network_from, network_shapes, read_card, save_network
+from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
 from .workdir import check_workdir, claim_workdir, frozen, provenance
 from .writer import read_json, read_metrics, write_json
 
@@ -128,11 +130,20 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result `name` of a workdir, if it is there and the workdir can be this config's.
 
+    One that is damaged is moved aside: the last checkpoint gives it once more.
+
     Raises:
       RunError: as `check_workdir`.
     """
     check_workdir(workdir, content)
-    return read_json(workdir / name) if (workdir / name).exists() else None
+    path = workdir / name
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except RunError:
+        say(f"{path} is damaged and kept as {set_aside(path)}; it is made again from the last checkpoint")
+        return None
 
 
 def conclude(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +256,10 @@ def trained_teacher(
         **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
     }
     card = on_main(lambda: finished(workdir, TEACHER_RESULT, content))
-    if card is not None:
+    reason = None if card is None else on_main(lambda: network_fault(workdir))
+    if reason is not None:
+        say(f"the teacher in {workdir} is damaged ({reason}); it is made again from its last checkpoint")
+    elif card is not None:
         return load_network(workdir), card["timing"]["train_seconds"]
     on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
