@@ -1,28 +1,36 @@
 """What a run survives: damage to what it saved, and whatever else docs/reliability.md promises."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
-from helpers import smallest_networks, tiny_config
+from helpers import ROOT, smallest_networks, tiny_config
 
 from gompertz_jax.training import loop
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.workdir import sole_use
 from gompertz_jax.training.writer import read_metrics
 
 
 def small_config(**changes):
-    """A whole run, teacher and evaluations included, that compiles in a few seconds: 39 steps in three dispatches."""
+    """A whole run, teacher included, that compiles in a few seconds; it saves steps 15, 27 and 39, its last."""
     student, teacher = smallest_networks()
     off = {f"objective.terms.{term}.weight": "0" for term in ("wasserstein", "gradient")}
     return tiny_config(
         **{
             "student.model": student,
             "teacher.model": teacher,
-            "steps_per_dispatch": 13,
+            "steps_per_dispatch": 3,
             "teacher.recipe.epochs": 5,
             **off,
         }
@@ -74,12 +82,12 @@ def test_a_damaged_checkpoint_costs_an_interval_and_no_number(whole, copy, capsy
     loop.train_and_evaluate(small_config(), copy)
     out = capsys.readouterr().out
     assert f"the checkpoint {copy / 'checkpoints' / '39'} is left out (" in out
-    assert "goes on from step 26 of 39" in out
+    assert "goes on from step 27 of 39" in out
     assert_same(whole, copy)
 
 
 def test_without_an_intact_checkpoint_nothing_starts_from_scratch(copy):
-    for step in (26, 39):
+    for step in (27, 39):
         shutil.rmtree(copy / "checkpoints" / str(step))
     before = sorted(copy.rglob("*"))
     with pytest.raises(RunError, match=f"no checkpoint of the workdir {copy} is intact"):
@@ -119,3 +127,89 @@ def test_a_damaged_teacher_of_one_s_own_is_made_again_from_its_checkpoint(whole,
     assert "teacher.json is damaged and kept as" in capsys.readouterr().out
     assert (copy / "teacher" / "set_aside" / "network").is_dir()
     assert_same(whole, copy)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+SMALL = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_reliability import small_config
+from gompertz_jax.training.feed import Feed
+
+def slowly(self, step, call=Feed.__call__):
+    time.sleep(float(os.environ.get("SECONDS_A_DISPATCH", "0")))
+    return call(self, step)
+
+Feed.__call__ = slowly
+
+def get_config():
+    return small_config()
+"""
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """A config file of the same run."""
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+def start(config, workdir, log, *more, **environment):
+    """`python train.py` in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *more]
+    with log.open("a") as output:
+        environment = {**os.environ, **environment}
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def until(condition, process, *, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def test_a_workdir_is_one_run_s_alone_while_that_lives(small_file, tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    first = start(small_file, workdir, log)
+    try:
+        until((workdir / "teacher" / "lock").exists, first)
+        with pytest.raises(RunError, match=f"{workdir} is in use by process {first.pid} on {socket.gethostname()}: "):
+            loop.train_and_evaluate(small_config(), workdir)
+        with (
+            pytest.raises(RunError, match=f"teacher is in use by process {first.pid} on "),
+            sole_use(workdir / "teacher"),
+        ):
+            pass
+        first.send_signal(signal.SIGSTOP)  # a run that sleeps is not dead
+        with pytest.raises(RunError, match="is in use by"):
+            loop.train_and_evaluate(small_config(), workdir)
+    finally:
+        first.kill()
+        first.wait()
+    with sole_use(workdir), sole_use(workdir / "teacher"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "said"),
+    [
+        (signal.SIGTERM, "teacher/checkpoints/13", r"teacher: saved at step \d+ of 65"),
+        (signal.SIGINT, "checkpoints/15", r"student: saved at step \d+ of 39"),
+        (signal.SIGTERM, "lock", "finishing and saving what is under way"),
+    ],
+    ids=["teacher", "student", "compilation"],
+)
+def test_a_signal_stops_a_run_that_goes_on_to_the_same_bits(small_file, whole, tmp_path, number, moment, said):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    process = start(small_file, workdir, log, SECONDS_A_DISPATCH="0.1")
+    until((workdir / moment).exists, process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number, log.read_text()
+    text = log.read_text()
+    assert re.search(said, text), text
+    assert "the same command goes on from the last checkpoint" in text
+    assert "Traceback" not in text
+    loop.train_and_evaluate(small_config(), workdir)
+    assert_same(whole, workdir)

@@ -37,6 +37,7 @@ from .errors import RunError
 from .feed import Feed, Held, Images
 from .optim import learning_rate, make_optimizer
 from .sharding import on_main, replicate, say
+from .stop import Stop
 from .teacher import fingerprint
 from .writer import METRICS, MetricsWriter, Progress, lines_until, read_metrics
 
@@ -101,6 +102,7 @@ def fit(
     data: Images,
     seed: int,
     mesh: Mesh,
+    stop: Stop | None = None,
 ) -> Fitted:
     """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
 
@@ -116,14 +118,16 @@ def fit(
       data: training and validation images.
       seed: of data order, augmentation and projections.
       mesh: the devices to train on.
+      stop: asked after every dispatch.
 
     Returns:
       The trained network.
 
     Raises:
+      Stopped: it was asked to, and has saved the state after its last dispatch.
       RunError: a term, the gradient or the update was not finite; or the teacher was exchanged since the last start.
     """
-    started = time.monotonic()
+    started, stop = time.monotonic(), stop or Stop()
     rate = learning_rate(recipe, steps_per_epoch=plan.steps_per_epoch)
     optimizer = make_optimizer(recipe, rate)
     average = recipe.moving_average or None
@@ -200,6 +204,7 @@ def fit(
         with (
             MetricsWriter(workdir, step=step) as writer,
             Progress(label, step=step, total=plan.steps, enabled=config.logging.progress) as progress,
+            stop.deferred(),
             jax.transfer_guard("disallow"),
         ):
             reader = MetricsReader(objective, recipe.batch_size, config.logging.every_steps, clock, writer, progress)
@@ -207,7 +212,7 @@ def fit(
             def conclude(step: int, found: Findings) -> None:
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
                 line = {name: value.item() for name, value in jax.device_get(dict(found.line)).items()}
-                if held is not None:
+                if held is not None and line:
                     line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
                     progress.validation_accuracy = line["accuracy"]
                 if line:
@@ -229,9 +234,16 @@ def fit(
                 if plan.evaluates_at(step):
                     found = survey(state, best, teacher, held, classes, feed(step))
                     best, pending = found.best, (step, found)
+                if stop.requested():
+                    # No dispatch will take this state's memory, so it is saved as it is where it is not evaluated.
+                    pending = pending or (step, Findings(state, best, {}))
+                    break
             reader.drain()
             if pending is not None:
                 conclude(*pending)
+            checkpoints.wait()
+            if step < plan.steps:
+                say(f"{label}: saved at step {step:,} of {plan.steps:,}")
 
     last = _evaluated(network, state)
     return Fitted(

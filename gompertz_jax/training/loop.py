@@ -26,8 +26,9 @@ from .feed import Images
 from .fit import Fitted, Plan, fit
 from .intact import set_aside
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
+from .stop import Stop
 from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
-from .workdir import check_workdir, claim_workdir, frozen, provenance
+from .workdir import check_workdir, claim_workdir, frozen, provenance, sole_use
 from .writer import read_json, read_metrics, write_json
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
@@ -45,8 +46,14 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 
     Raises:
       RunError: something its user can change; mostly before any work is done.
+      Stopped: SIGTERM or SIGINT came, and what was under way is saved.
     """
     workdir = Path(workdir).expanduser()
+    with Stop() as stop:
+        return _train_and_evaluate(config, workdir, stop)
+
+
+def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, Any]:
     origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
     config_module.check(config)
     if config.teacher.dir:
@@ -58,6 +65,14 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         say(report.result_card(already, workdir))
         return already
 
+    with sole_use(workdir):
+        return _run(config, content, workdir, origin, stop)
+
+
+def _run(
+    config: Config, content: dict[str, Any], workdir: Path, origin: Mapping[str, Any], stop: Stop
+) -> dict[str, Any]:
+    """What there is to do once the workdir is this run's alone."""
     mesh = data_mesh()
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(
@@ -88,7 +103,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 
     keep_compiled(config.compilation_cache)
     data = Images.of(dataset, config.data, mesh)
-    teacher = obtain_teacher(config, content, dataset, data, workdir, mesh) if distils else None
+    teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     fitted = fit(
         config,
         config.recipe,
@@ -101,6 +116,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         data=data,
         seed=student_seed(config.seed),
         mesh=mesh,
+        stop=stop,
     )
     result = {
         "dataset": dataset.name,
@@ -209,7 +225,7 @@ def teacher_shapes(
 
 
 def obtain_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
 ) -> Teacher:
     """The teacher that the config names, loaded or trained, once it has passed the gate.
 
@@ -221,7 +237,8 @@ def obtain_teacher(
         network, name = load_network(origin), on_main(lambda: read_card(origin)["model"])
     else:
         origin, name = workdir / "teacher", config.teacher.model
-        network, seconds = trained_teacher(config, content, dataset, data, origin, mesh)
+        with sole_use(origin):
+            network, seconds = trained_teacher(config, content, dataset, data, origin, mesh, stop)
     accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
     say(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images")
     return Teacher(network, name, accuracy, seconds)
@@ -232,7 +249,7 @@ def _teacher_directory(config: Config) -> Path:
 
 
 def trained_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
 ) -> tuple[Network, float]:
     """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
 
@@ -243,6 +260,7 @@ def trained_teacher(
       data: its images.
       workdir: a workdir of its own.
       mesh: the devices to train on.
+      stop: asked after every dispatch.
 
     Returns:
       The teacher and the seconds that its training took.
@@ -277,6 +295,7 @@ def trained_teacher(
         data=data,
         seed=config.teacher.seed,
         mesh=mesh,
+        stop=stop,
     )
     save_network(workdir, fitted.selected, spec, dataset)
     card = {
