@@ -1,6 +1,5 @@
 """What a run survives: damage to what it saved, and whatever else docs/reliability.md promises."""
 
-import json
 import os
 import re
 import shutil
@@ -10,32 +9,12 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
-from helpers import ROOT, smallest_networks, tiny_config
+from helpers import ROOT, differences, small_config
 
 from gompertz_jax.training import loop
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.workdir import sole_use
-from gompertz_jax.training.writer import read_metrics
-
-
-def small_config(**changes):
-    """A whole run, teacher included, that compiles in a few seconds; it saves steps 15, 27 and 39, its last."""
-    student, teacher = smallest_networks()
-    off = {f"objective.terms.{term}.weight": "0" for term in ("wasserstein", "gradient")}
-    return tiny_config(
-        **{
-            "student.model": student,
-            "teacher.model": teacher,
-            "steps_per_dispatch": 3,
-            "teacher.recipe.epochs": 5,
-            **off,
-        }
-        | changes
-    )
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +34,8 @@ def copy(whole, tmp_path):
     return workdir
 
 
-def without_timing(value):
-    if isinstance(value, dict):
-        return {key: without_timing(item) for key, item in value.items() if key != "timing"}
-    return value
-
-
 def assert_same(one, other):
-    """Two workdirs, in everything that is no time: results, every line of metrics, weights."""
-    for name in ("result.json", "teacher/teacher.json"):
-        first, second = (json.loads((workdir / name).read_text()) for workdir in (one, other))
-        assert without_timing(first) == without_timing(second)
-    for part in (".", "teacher"):
-        lines = [[without_timing(line) for line in read_metrics(run / part / "metrics.jsonl")] for run in (one, other)]
-        assert lines[0] == lines[1]
-        networks = [load_network(run / part) for run in (one, other)]
-        jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
+    assert differences(one, other) == []
 
 
 def cut(path):
@@ -134,7 +99,7 @@ def test_a_damaged_teacher_of_one_s_own_is_made_again_from_its_checkpoint(whole,
 SMALL = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_reliability import small_config
+from helpers import small_config
 from gompertz_jax.training.feed import Feed
 
 def slowly(self, step, call=Feed.__call__):
