@@ -49,9 +49,9 @@ def start(directory, workdir, cache):
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 
-def phase(workdir):
-    """What a run that was just killed had been doing."""
-    if any(workdir.rglob("*.orbax-checkpoint-tmp*")):
+def phase(workdir, since):
+    """What a run that was started at time `since` and just killed had been doing."""
+    if any(path.stat().st_mtime > since for path in workdir.rglob("*.orbax-checkpoint-tmp*")):
         return "saving"
     if (workdir / "network").exists():
         return "after the last step"
@@ -94,7 +94,7 @@ def main():
         while kills < options.kills:
             workdir, cache = directory / f"killed{runs}", directory / "cache_of_the_killed"
             while True:
-                process = start(directory, workdir, cache)
+                since, process = time.time(), start(directory, workdir, cache)
                 try:
                     process.wait(timeout=moments.uniform(0, warm) if kills < options.kills else 600)
                 except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ def main():
                 if process.returncode != -signal.SIGKILL:
                     sys.exit((directory / "log").read_text())
                 kills += 1
-                phases[phase(workdir)] += 1
+                phases[phase(workdir, since)] += 1
                 if kills % 10 == 0 and (entries := sorted(cache.glob("*-cache"))):
                     entry = moments.choice(entries)
                     entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])

@@ -1,5 +1,7 @@
 """What a run survives: damage to what it saved, and whatever else docs/reliability.md promises."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -9,11 +11,16 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from helpers import ROOT, differences, small_config
 
 from gompertz_jax.training import loop
+from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.intact import fault
+from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.workdir import sole_use
 
 
@@ -92,6 +99,75 @@ def test_a_damaged_teacher_of_one_s_own_is_made_again_from_its_checkpoint(whole,
     assert "teacher.json is damaged and kept as" in capsys.readouterr().out
     assert (copy / "teacher" / "set_aside" / "network").is_dir()
     assert_same(whole, copy)
+
+
+def test_only_logging_evaluation_and_retention_may_change(whole, copy, capsys):
+    with pytest.raises(RunError, match=re.escape("recipe.epochs: 3 -> 4")):
+        loop.train_and_evaluate(small_config(**{"recipe.epochs": 4}), copy)
+    changed = {"logging.every_steps": 5, "checkpoint.keep": 5, "evaluate_every_epochs": 2}
+    result = loop.train_and_evaluate(small_config(**changed), copy)
+    assert result["evaluation_changes"] == ["evaluate_every_epochs: 1 -> 2"]
+    assert "evaluated otherwise than at its first start" in capsys.readouterr().out
+    again = json.loads((whole / "result.json").read_text())
+    assert again["evaluation_changes"] == []
+    assert result["test_accuracy_last"] == again["test_accuracy_last"]
+
+
+def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
+    changes = {"init_from": str(whole), "teacher.dir": str(whole / "teacher"), "recipe.learning_rate": 1e-30}
+    loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
+    networks = [load_network(directory) for directory in (whole, tmp_path / "run")]
+    jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
+    with pytest.raises(RunError, match=r"init_from = '.*teacher': its network has \("):
+        loop.train_and_evaluate(small_config(**changes | {"init_from": str(whole / "teacher")}), tmp_path / "other")
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of three megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads say it too,
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # and what they leave behind
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_is_full_or_read_only_costs_nothing_that_was_saved(
+    whole, small_disk, tmp_path, monkeypatch, trouble
+):
+    """From the student's first checkpoint on; with room again the run ends in the same bits."""
+    workdir, original = small_disk / "run", Checkpoints.save
+    shutil.copytree(whole / "teacher", workdir / "teacher")
+
+    def save(self, step, *arguments):
+        if step == 27:
+            self.wait()
+            if trouble == "full":
+                with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+                    while file.write(bytes(1024)):
+                        pass
+            else:
+                saved = workdir / "checkpoints"
+                for options in (["--bind", saved, saved], ["-o", "remount,ro,bind", saved]):
+                    subprocess.run(["mount", *options], check=True)
+        original(self, step, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"cannot be written .*start again"):
+        patch.setattr(Checkpoints, "save", save)
+        loop.train_and_evaluate(small_config(), workdir)
+    assert fault(workdir / "checkpoints" / "15") is None
+    if trouble == "full":
+        (small_disk / "filler").unlink()
+    else:
+        subprocess.run(["umount", workdir / "checkpoints"], check=True)
+    loop.train_and_evaluate(small_config(), workdir)
+    assert_same(whole, workdir)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -74,7 +74,10 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network: after the last step, and the best by validation (None where nothing was held out)."""
+    """A trained network: after the last step, and the best by validation (None where nothing was held out).
+
+    `not_converged` counts, per term, the steps at which the transport of some image did not converge.
+    """
 
     last: Network
     best: Network
@@ -82,6 +85,7 @@ class Fitted:
     best_step: int | None
     seconds: float
     images_per_second: float
+    not_converged: Mapping[str, int]
 
     @property
     def selected(self) -> Network:
@@ -157,7 +161,7 @@ def fit(
             mesh=mesh,
         ) as feed,
     ):
-        clock = Clock()
+        clock, not_converged = Clock(), {}
         if checkpoints.latest_step is None and teacher is not None and objective.projections:
             features = _teacher_features(teacher, data.images[: config.teacher_statistics_images], mesh)
             state = state._replace(projection_stats=measure_teacher(objective, state.projection_stats, features))
@@ -168,7 +172,7 @@ def fit(
                 raise RunError(
                     f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir"
                 )
-            clock = Clock(**record["timing"])
+            clock, not_converged = Clock(**record["timing"]), record["not_converged"]
             say(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}")
             if not on_main(lambda: lines_are_there(int(state.step), record)):
                 say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
@@ -207,7 +211,9 @@ def fit(
             stop.deferred(),
             jax.transfer_guard("disallow"),
         ):
-            reader = MetricsReader(objective, recipe.batch_size, config.logging.every_steps, clock, writer, progress)
+            reader = MetricsReader(
+                objective, recipe.batch_size, config.logging.every_steps, clock, not_converged, writer, progress
+            )
 
             def conclude(step: int, found: Findings) -> None:
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
@@ -219,7 +225,12 @@ def fit(
                     writer.write({"step": step, "split": "validation", **line})
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
-                record = {"timing": clock.record(), "taught_by": taught_by, "lines": writer.lines}
+                record = {
+                    "timing": clock.record(),
+                    "taught_by": taught_by,
+                    "lines": writer.lines,
+                    "not_converged": reader.not_converged.copy(),
+                }
                 with jax.transfer_guard("allow"):  # Orbax fetches the arrays in its own way
                     checkpoints.save(step, (found.state, found.best), record)
 
@@ -253,6 +264,7 @@ def fit(
         best_step=None if held is None else int(best.step),
         seconds=clock.total_seconds,
         images_per_second=clock.images / clock.step_seconds if clock.step_seconds else 0.0,
+        not_converged=not_converged,
     )
 
 
@@ -374,9 +386,12 @@ class MetricsReader:
         batch_size: int,
         every_steps: int,
         clock: Clock,
+        not_converged: dict[str, int],
         writer: MetricsWriter,
         progress: Progress,
     ):
+        self.not_converged = not_converged  # counted on, over all starts
+        self._warned = False
         self._objective, self._batch_size, self._every_steps = objective, batch_size, every_steps
         self._clock, self._writer, self._progress = clock, writer, progress
         self._pending: Mapping[str, jax.Array] | None = None
@@ -409,6 +424,7 @@ class MetricsReader:
             values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
             line = {"step": values.pop("step"), "split": "train", **values}
             self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
+        self._count_convergence(metrics, steps)
         if failed.any():
             self._writer.commit()
             raise self._failure(int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1]))
@@ -418,6 +434,23 @@ class MetricsReader:
             accuracy=float(metrics["accuracy"].mean()),
             images_per_second=images_per_second,
         )
+
+    def _count_convergence(self, metrics: Mapping[str, np.ndarray], steps: int) -> None:
+        for term in self._objective.terms:
+            shares = metrics.get(f"{term.name}/converged", np.ones(steps))
+            short = np.flatnonzero(shares < 1)  # NaN, where the term was not computed, is no such step
+            if not short.size:
+                continue
+            self.not_converged[term.name] = self.not_converged.get(term.name, 0) + int(short.size)
+            if not self._warned:
+                self._warned = True
+                first = short[0]
+                say(
+                    f"warning: at step {int(metrics['step'][first])} the transport of {1 - float(shares[first]):.1%} "
+                    f"of the images in the term {term.name!r} did not converge (mean marginal error "
+                    f"{float(metrics[f'{term.name}/marginal_error'][first]):.1e}): its value is approximate. A larger "
+                    f"objective.terms.{term.name}.epsilon converges sooner. Further steps are counted in result.json"
+                )
 
     def _failure(self, failed: int, step: int) -> RunError:
         what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient", "the update"][failed]

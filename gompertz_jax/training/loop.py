@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,7 +29,7 @@ from .intact import set_aside
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .stop import Stop
 from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
-from .workdir import check_workdir, claim_workdir, frozen, provenance, sole_use
+from .workdir import check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
 from .writer import read_json, read_metrics, write_json
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
@@ -99,7 +100,13 @@ def _run(
             label=f"{workdir}, seed {config.seed}",
         )
     )
+    student = network_from(content["student"], dataset, seed=student_seed(config.seed))
+    if config.init_from:
+        student = begun_from(Path(config.init_from).expanduser(), student)
     on_main(lambda: claim_workdir(workdir, content))
+    changes = on_main(lambda: evaluation_changes(workdir, content))
+    if changes:
+        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
 
     keep_compiled(config.compilation_cache)
     data = Images.of(dataset, config.data, mesh)
@@ -110,7 +117,7 @@ def _run(
         plan,
         label="student",
         workdir=workdir,
-        network=network_from(content["student"], dataset, seed=student_seed(config.seed)),
+        network=student,
         objective=objective,
         teacher=teacher.network if teacher else None,
         data=data,
@@ -129,7 +136,9 @@ def _run(
         "best_validation_accuracy": fitted.best_accuracy,
         "best_step": fitted.best_step,
         "evaluated_weights": "moving average" if config.recipe.moving_average else "as trained",
+        "not_converged_steps": fitted.not_converged,
         "config": content,
+        "evaluation_changes": changes,
         **origin,
         "timing": {
             "train_seconds": round(fitted.seconds, 3),
@@ -141,6 +150,27 @@ def _run(
     result = on_main(lambda: conclude(workdir, result))
     say(report.result_card(result, workdir))
     return result
+
+
+def begun_from(directory: Path, student: Network) -> Network:
+    """The student with the weights of a network that was trained before; its normalisation stays this data set's.
+
+    Raises:
+      RunError: there is no such network, or its weights have other shapes.
+    """
+    trained = load_network(directory)
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path((net.params, net.stats))}
+        for net in (trained, student)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        theirs, ours = (of_net.get(name) for of_net in shapes)
+        if theirs != ours:
+            raise RunError(
+                f"init_from = {str(directory)!r}: its network has {theirs} at {name} and the student {ours}; "
+                "give a network of the same model, options and classes"
+            )
+    return student.replace(params=trained.params, stats=trained.stats)
 
 
 def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -52,6 +52,13 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
 
 
+def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
+    """What differs from the run's first start in how it is evaluated; a result says so."""
+    keys = ("evaluate_every_epochs", "teacher")
+    old, new = ({key: config.get(key) for key in keys} for config in (read_json(workdir / CONFIG), content))
+    return differing_keys(old, new, without=())
+
+
 def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
     """Freeze the config of a run into its workdir, at its first start."""
     if not (workdir / CONFIG).exists():
