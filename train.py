@@ -1,5 +1,6 @@
 """Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def main(arguments: list[str]) -> None:
         train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
     except RunError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt:  # before the run, which has handlers of its own
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """The real configs, shrunk, and records of random outputs: what several tests share."""
 
+import json
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import v1 as orbax
 
 import gompertz_jax as gj
 from gompertz_jax import models
 from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.training.config import get_default
+from gompertz_jax.training.writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +54,68 @@ def smallest_networks():
     for name, width in widths.items():
         models._RECIPES[name] = models._Recipe(partial(ResNet, BasicBlock, (1,), (4, width), stem="cifar"))
     return tuple(widths)
+
+
+def small_config(**changes):
+    """A whole run, teacher included, that compiles in a few seconds; it saves steps 15, 27 and 39, its last."""
+    student, teacher = smallest_networks()
+    off = {f"objective.terms.{term}.weight": "0" for term in ("wasserstein", "gradient")}
+    return tiny_config(
+        **{
+            "student.model": student,
+            "teacher.model": teacher,
+            "steps_per_dispatch": 3,
+            "teacher.recipe.epochs": 5,
+            **off,
+        }
+        | changes
+    )
+
+
+def without_timing(value):
+    if isinstance(value, dict):
+        return {key: without_timing(item) for key, item in value.items() if key != "timing"}
+    return value
+
+
+def differences(one, other):
+    """Where two finished workdirs differ, to the bit, apart from times: results, metrics, and all that was saved last.
+
+    The last checkpoint has parameters, statistics, the optimiser's state and the best weights.
+    """
+    found = []
+    for name in ("result.json", "teacher/teacher.json"):
+        first, second = (without_timing(json.loads((run / name).read_text())) for run in (one, other))
+        found += [f"{name}: {key}" for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
+    for part in (Path("."), Path("teacher")):
+        first, second = (
+            [without_timing(line) for line in read_metrics(run / part / "metrics.jsonl")] for run in (one, other)
+        )
+        found += (
+            [f"{part / 'metrics.jsonl'}: {len(first)} and {len(second)} lines"] if len(first) != len(second) else []
+        )
+        found += [
+            f"{part / 'metrics.jsonl'}: {line}" for line, again in zip(first, second, strict=False) if line != again
+        ]
+        for name in ("checkpoints/last", "network"):
+            trees = [load_tree(run / part / name) for run in (one, other)]
+            if jax.tree.structure(trees[0]) != jax.tree.structure(trees[1]):
+                found.append(f"{part / name}: other arrays")
+                continue
+            pairs = zip(jax.tree.leaves_with_path(trees[0]), jax.tree.leaves(trees[1]), strict=True)
+            found += [
+                f"{part / name}: {path}" for (path, a), b in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()
+            ]
+    return found
+
+
+def load_tree(directory):
+    """What Orbax saved there; "last" is the last one of several checkpoints."""
+    if directory.name == "last":
+        directory = max((path for path in directory.parent.iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a template it says that one would be better
+        return orbax.load(directory.absolute())
 
 
 def train(*arguments, timeout=300, **options):

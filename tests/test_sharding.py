@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +194,7 @@ def test_a_first_process_that_never_appears_is_told_in_one_line(monkeypatch):
 STOP = "STOP_AFTER_CHECKPOINT"
 
 CONFIG = f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers import smallest_networks, tiny_config
 from gompertz_jax.training.checkpoint import Checkpoints
@@ -205,6 +206,15 @@ def get_config():
         "recipe.epochs": 2, "teacher.recipe.epochs": 5,
         "objective.terms.gradient.weight": "0", "objective.terms.wasserstein.weight": "0",
     }})
+
+if "STOP_SLOWLY" in os.environ:
+    from gompertz_jax.training.feed import Feed
+
+    def slowly(self, step, call=Feed.__call__):
+        time.sleep(0.5)
+        return call(self, step)
+
+    Feed.__call__ = slowly
 
 def save_and_die(self, step, *arguments, save=Checkpoints.save):
     save(self, step, *arguments)
@@ -281,3 +291,27 @@ def test_two_processes_train_save_and_resume_together_as_one(tmp_path):
         networks = [jax.tree.leaves(load_network(tmp_path / name / part).params) for name in ("one", "two")]
         weights = [np.concatenate([np.asarray(leaf).ravel() for leaf in leaves]) for leaves in networks]
         assert distance(*weights) < 1e-4
+
+
+def test_two_processes_of_which_one_is_asked_to_stop_stop_at_the_same_step(tmp_path):
+    """The second one is asked; each says the number by its exit code, and the first one where they stopped."""
+    config, log = tmp_path / "config.py", tmp_path / "log"
+    config.write_text(CONFIG)
+    log.mkdir()
+    started = start_two(config, tmp_path / "two", log, STOP_SLOWLY="1")
+    deadline = time.monotonic() + 240
+    first = tmp_path / "two/teacher/checkpoints/13/SHA256SUMS"
+    while not first.exists() and started[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started[1].send_signal(signal.SIGTERM)
+    try:
+        codes = [process.wait(30) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [(log / f"{process}.log").read_text() for process in range(2)]
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    (step,) = re.findall(r"teacher: saved at step (\d+) of 65", said[0])
+    assert (tmp_path / "two/teacher/checkpoints" / step / "SHA256SUMS").exists()
+    assert max(line["step"] for line in read_metrics(tmp_path / "two/teacher/metrics.jsonl")) <= int(step)
+    assert int(step) < 65

@@ -4,7 +4,10 @@ With several processes all of them call everything here, at the same place of th
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +18,53 @@ from orbax.checkpoint import v1
 from ..data_parallel import COPIED
 from ..network import PyTree
 from .errors import RunError
-from .sharding import data_mesh, on_main
+from .intact import SUMS, fault, seal, sealed, set_aside
+from .sharding import data_mesh, is_main, on_main, say
+from .writer import read_json, write_json, writing
+
+RECORD = "record.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of the directories in which Orbax saves
 
 ocp: Any = v1  # its annotations refuse its own policies and pathlib's paths
 
 
 class Checkpoints:
-    """The saved states of one run, `DIRECTORY/<step>`; a state counts once Orbax has renamed it into place.
+    """The saved states of one run, `DIRECTORY/<step>`; each is whole once it is sealed, after Orbax has renamed it.
 
-    A state is any tree of arrays. A small JSON record lies beside it (seconds trained so far).
+    A state is any tree of arrays. A small JSON record lies with it (what a later start must know besides the state).
+    `DIRECTORY.json` says which step was saved last: with it, what is lost is told from what was never finished.
+
+    Args:
+      directory: made if need be.
+      keep: how many of the newest states stay. An older one goes only after a newer one is sealed.
+      agrees: `(step, record) -> bool`, whether what was written besides still goes with that state. Of the intact
+        states the newest that agrees is taken; if none does, the newest.
+
+    Raises:
+      RunError: states were saved here, and none is intact.
     """
 
-    def __init__(self, directory: Path, *, keep: int):
-        training = ocp.training
-        self._checkpointer = training.Checkpointer(
-            Path(directory).absolute(),
-            # With its folders made in the background, a save that cannot make them would never end.
-            context=ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)),
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
-        self._in_flight: tuple[int, Any] | None = None
-        self._latest: int | None = on_main(lambda: getattr(self._checkpointer.latest, "step", None))
+    def __init__(
+        self, directory: Path, *, keep: int, agrees: Callable[[int, dict[str, Any]], bool] = lambda step, record: True
+    ):
+        self._directory, self._keep = Path(directory).absolute(), keep
+        self._ledger = self._directory.with_suffix(".json")
+
+        def choose() -> dict[str, Any]:
+            with writing(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                return self._choose(agrees)
+
+        found = on_main(choose)
+        self._latest: int | None = found["step"]
+        for line in found["told"]:
+            say(line)
+        self._thread = ThreadPoolExecutor(1, "seal")
+        self._in_flight: tuple[int, Future[None]] | None = None
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest state that is known to be on disk; None if there is none."""
+        """The step of the newest state that is known to be on disk and intact; None if there is none."""
         return self._latest
 
     def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
@@ -54,8 +77,23 @@ class Checkpoints:
         """
         self.wait()
         if step != self._latest:
-            with self._writing(step):
-                self._in_flight = step, self._checkpointer.save_async(step, state, custom_metadata=record, force=True)
+            context = ocp.Context()
+            # With its folders made in the background, a save that cannot make them would never end.
+            context.asynchronous.create_directories_asynchronously = False
+            with self._writing(step), context:
+                response = ocp.save_async(self._directory / str(step), state)
+                self._in_flight = step, self._thread.submit(self._finish, step, response, record)
+
+    def _finish(self, step: int, response: Any, record: dict[str, Any]) -> None:
+        """Once Orbax is done, in a thread: the state counts when it is sealed, and then the oldest one may go."""
+        response.result()
+        if is_main():
+            write_json(self._directory / str(step) / RECORD, record)
+            seal(self._directory / str(step))
+            write_json(self._ledger, {"saved": step})
+            for old in self._steps()[: -self._keep]:
+                # The list goes first: what is left of a removal that was cut off is not taken for a damaged state.
+                shutil.rmtree(_unsealed(self._directory / str(old)), ignore_errors=True)
 
     def wait(self) -> None:
         """Return once the save that was begun last is on disk; at once if there is none under way.
@@ -64,18 +102,20 @@ class Checkpoints:
           RunError: it could not be written.
         """
         if self._in_flight is not None:
-            (step, response), self._in_flight = self._in_flight, None
+            (step, finished), self._in_flight = self._in_flight, None
             with self._writing(step):
-                response.result()
+                finished.result()
             self._latest = step
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         try:
             yield
+        except RunError:
+            raise
         except Exception as error:
             raise RunError(
-                f"the checkpoint {self._checkpointer.directory / str(step)} cannot be written ({_first_line(error)}); "
+                f"the checkpoint {self._directory / str(step)} cannot be written ({_first_line(error)}); "
                 "make room and start again, and the run goes on from the one before it"
             ) from error
 
@@ -88,16 +128,56 @@ class Checkpoints:
         self.wait()
         step = self._latest
         if step is None:
-            raise RunError(f"{self._checkpointer.directory} holds no checkpoint")
+            raise RunError(f"{self._directory} holds no checkpoint")
         try:
-            state = self._checkpointer.load(step, _abstract(template))
-            record = self._checkpointer.metadata(step).custom_metadata
+            state = ocp.load(self._directory / str(step), _abstract(template))
         except Exception as error:
             raise RunError(
-                f"the checkpoint {self._checkpointer.directory / str(step)} cannot be read "
+                f"the checkpoint {self._directory / str(step)} cannot be read "
                 f"({_first_line(error)}); move it away to go on from the one before it"
             ) from error
-        return state, dict(record or {})
+        return state, on_main(lambda: read_json(self._directory / str(step) / RECORD))
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+
+    def _last_saved(self) -> int | float:
+        """The step that was sealed last; -1 if none ever was; infinity where that cannot be read any more."""
+        try:
+            return read_json(self._ledger)["saved"] if self._ledger.exists() else -1
+        except RunError:
+            return math.inf
+
+    def _choose(self, agrees: Callable[[int, dict[str, Any]], bool]) -> dict[str, Any]:
+        """Find the state to go on from, and move what is newer out of the way of the ones to come."""
+        for path in self._directory.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(path)
+        steps, saved = self._steps(), self._last_saved()
+        # Only one save is under way at a time, so only the newest state can be one whose save was cut off by a kill.
+        cut_off = [step for step in steps[-1:] if step > saved and not sealed(self._directory / str(step))]
+        faults = dict.fromkeys(cut_off, "it was never finished")
+        chosen = newest = None
+        for step in reversed([step for step in steps if step not in faults]):
+            if reason := fault(self._directory / str(step)):
+                faults[step] = reason
+                continue
+            newest = step if newest is None else newest
+            if agrees(step, read_json(self._directory / str(step) / RECORD)):
+                chosen = step
+                break
+        if newest is None and (len(faults) > len(cut_off) or saved >= 0):
+            reasons = [f"{step}: {reason}" for step, reason in faults.items()] or ["they are gone"]
+            raise RunError(
+                f"no checkpoint of the workdir {self._directory.parent} is intact ({'; '.join(reasons)}): restore "
+                f"{self._directory} from a copy, or start anew with another --workdir"
+            )
+        chosen = newest if chosen is None else chosen
+        told = []
+        for step in steps:
+            if chosen is None or step > chosen:
+                path, reason = self._directory / str(step), faults.get(step, "metrics.jsonl lost lines from before it")
+                told.append(f"the checkpoint {path} is left out ({reason}) and kept as {set_aside(path)}")
+        return {"step": chosen, "told": told}
 
     def close(self) -> None:
         """Wait for what is under way, and release the directory.
@@ -108,8 +188,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # Orbax says once more what `wait` has said
-                self._checkpointer.close()
+            self._thread.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -119,9 +198,26 @@ class Checkpoints:
 
 
 def save_arrays(directory: Path, tree: PyTree) -> None:
-    """Save a tree of arrays under a directory of its own, whole or not at all; one that is there is left as it is."""
-    if not on_main(directory.exists):
-        ocp.save(directory.absolute(), tree)
+    """Save a tree of arrays under a directory of its own, whole or not at all; one that is whole is left as it is.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+
+    def is_needed() -> bool:
+        if directory.exists() and (reason := fault(directory)):  # by damage, or by a kill while it was saved
+            say(f"{directory} is not whole ({reason}); it is saved again, and what there was is kept")
+            set_aside(directory)
+        return not directory.exists()
+
+    if on_main(is_needed):
+        try:
+            ocp.save(directory.absolute(), tree)
+        except Exception as error:
+            raise RunError(
+                f"{directory} cannot be written ({_first_line(error)}); make room and start again"
+            ) from error
+        on_main(lambda: seal(directory))
 
 
 def load_arrays(directory: Path, template: PyTree) -> PyTree:
@@ -135,10 +231,12 @@ def load_arrays(directory: Path, template: PyTree) -> PyTree:
       The tree; what has no sharding in the template is copied to every device.
 
     Raises:
-      RunError: there is no such directory, it does not fit the template, or it cannot be read.
+      RunError: there is no such directory, it is damaged, it does not fit the template, or it cannot be read.
     """
     if not on_main(directory.is_dir):
         raise RunError(f"{directory} does not exist, or is no directory")
+    if reason := on_main(lambda: fault(directory)):
+        raise RunError(f"{directory} is damaged: {reason}; restore it from a copy, with its {SUMS}")
     try:
         return ocp.load(directory.absolute(), _abstract(template))
     except Exception as error:
@@ -153,6 +251,11 @@ def _abstract(tree: PyTree) -> PyTree:
         ),
         tree,
     )
+
+
+def _unsealed(directory: Path) -> Path:
+    (directory / SUMS).unlink(missing_ok=True)
+    return directory
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ CHANGEABLE = (
     "data.placement",
     "data.device_fraction",
     "compilation_cache",
+    "evaluate_every_epochs",  # changes which steps the best may be chosen from, and no training: told, and recorded
     "logging",
     "checkpoint",
     "teacher.min_accuracy",
@@ -48,6 +49,8 @@ def get_default() -> Config:
     """Every key of an experiment. Configs change values; unknown keys and other types are refused."""
     config: Config = ml_collections.ConfigDict(
         {
+            # The student begins with the weights of the network in this workdir, or `teacher` folder; "": drawn
+            "init_from": "",
             "seed": 0,  # the student's weights, data order, augmentation; nothing of it is the teacher's, also if equal
             "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits"
@@ -218,16 +221,18 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:
-    """Dotted keys at which two configs differ, without those that may change between starts; `key: old -> new`."""
+def differing_keys(
+    old: dict[str, Any], new: dict[str, Any], *, without: tuple[str, ...] = CHANGEABLE, prefix: str = ""
+) -> list[str]:
+    """Dotted keys at which two configs differ, as `key: old -> new`; by default without those that may change."""
     changes = []
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        if path in CHANGEABLE:
+        if path in without:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            changes += differing_keys(before, after, prefix=f"{path}.")
+            changes += differing_keys(before, after, without=without, prefix=f"{path}.")
         elif before != after:
             changes.append(f"{path}: {before!r} -> {after!r}")
     return changes

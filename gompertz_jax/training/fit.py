@@ -37,9 +37,10 @@ from .config import Config
 from .errors import RunError
 from .feed import Feed, Held, Images
 from .optim import learning_rate, make_optimizer
-from .sharding import replicate, say
+from .sharding import on_main, replicate, say
+from .stop import Stop
 from .teacher import fingerprint
-from .writer import MetricsWriter, Progress
+from .writer import METRICS, MetricsWriter, Progress, lines_until, read_metrics
 
 PROJECTIONS = 0x50  # folded into the seed, so that projections, weights and batches draw from different keys
 
@@ -74,7 +75,10 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network: after the last step, and the best by validation (None where nothing was held out)."""
+    """A trained network: after the last step, and the best by validation (None where nothing was held out).
+
+    `not_converged` counts, per term, the steps at which the transport of some image did not converge.
+    """
 
     last: Network
     best: Network
@@ -82,6 +86,7 @@ class Fitted:
     best_step: int | None
     seconds: float
     images_per_second: float
+    not_converged: Mapping[str, int]
 
     @property
     def selected(self) -> Network:
@@ -102,6 +107,7 @@ def fit(
     data: Images,
     seed: int,
     mesh: Mesh,
+    stop: Stop | None = None,
 ) -> Fitted:
     """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
 
@@ -117,14 +123,16 @@ def fit(
       data: training and validation images.
       seed: of data order, augmentation and projections.
       mesh: the devices to train on.
+      stop: asked after every dispatch.
 
     Returns:
       The trained network.
 
     Raises:
+      Stopped: it was asked to, and has saved the state after its last dispatch.
       RunError: a term, the gradient or the update was not finite; or the teacher was exchanged since the last start.
     """
-    started = time.monotonic()
+    started, stop = time.monotonic(), stop or Stop()
     rate = learning_rate(recipe, steps_per_epoch=plan.steps_per_epoch)
     optimizer = make_optimizer(recipe, rate)
     average = recipe.moving_average or None
@@ -140,8 +148,11 @@ def fit(
     taught_by = None if teacher is None else fingerprint(teacher)
     teacher = replicate(teacher, mesh)
 
+    def lines_are_there(step: int, record: Mapping[str, Any]) -> bool:
+        return len(lines_until(read_metrics(workdir / METRICS), step)) == record["lines"]
+
     with (
-        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=lines_are_there) as checkpoints,
         Feed(
             data,
             seed=seed,
@@ -151,7 +162,7 @@ def fit(
             mesh=mesh,
         ) as feed,
     ):
-        clock = Clock()
+        clock, not_converged = Clock(), {}
         if checkpoints.latest_step is None and teacher is not None and objective.projections:
             taught = _teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
             measured = measure_teacher(objective.projections, state.projection_stats, taught)
@@ -163,8 +174,10 @@ def fit(
                 raise RunError(
                     f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir"
                 )
-            clock = Clock(**record["timing"])
+            clock, not_converged = Clock(**record["timing"]), record["not_converged"]
             say(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}")
+            if not on_main(lambda: lines_are_there(int(state.step), record)):
+                say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
         earlier, step = clock.total_seconds, int(state.step)
 
         train_step = make_train_step(
@@ -197,21 +210,29 @@ def fit(
         with (
             MetricsWriter(workdir, step=step) as writer,
             Progress(label, step=step, total=plan.steps, enabled=config.logging.progress) as progress,
+            stop.deferred(),
             jax.transfer_guard("disallow"),
         ):
-            reader = MetricsReader(objective, recipe.batch_size, config.logging.every_steps, clock, writer, progress)
+            reader = MetricsReader(
+                objective, recipe.batch_size, config.logging.every_steps, clock, not_converged, writer, progress
+            )
 
             def conclude(step: int, found: Findings) -> None:
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
                 line = {name: value.item() for name, value in jax.device_get(dict(found.line)).items()}
-                if held is not None:
+                if held is not None and line:
                     line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
                     progress.validation_accuracy = line["accuracy"]
                 if line:
                     writer.write({"step": step, "split": "validation", **line})
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
-                record = {"timing": clock.record(), "taught_by": taught_by}
+                record = {
+                    "timing": clock.record(),
+                    "taught_by": taught_by,
+                    "lines": writer.lines,
+                    "not_converged": reader.not_converged.copy(),
+                }
                 with jax.transfer_guard("allow"):  # Orbax fetches the arrays in its own way
                     checkpoints.save(step, (found.state, found.best), record)
 
@@ -226,9 +247,16 @@ def fit(
                 if plan.evaluates_at(step):
                     found = survey(state, best, teacher, held, classes, feed(step))
                     best, pending = found.best, (step, found)
+                if stop.requested():
+                    # No dispatch will take this state's memory, so it is saved as it is where it is not evaluated.
+                    pending = pending or (step, Findings(state, best, {}))
+                    break
             reader.drain()
             if pending is not None:
                 conclude(*pending)
+            checkpoints.wait()
+            if step < plan.steps:
+                say(f"{label}: saved at step {step:,} of {plan.steps:,}")
 
     last = _evaluated(network, state)
     return Fitted(
@@ -238,6 +266,7 @@ def fit(
         best_step=None if held is None else int(best.step),
         seconds=clock.total_seconds,
         images_per_second=clock.images / clock.step_seconds if clock.step_seconds else 0.0,
+        not_converged=not_converged,
     )
 
 
@@ -360,9 +389,12 @@ class MetricsReader:
         batch_size: int,
         every_steps: int,
         clock: Clock,
+        not_converged: dict[str, int],
         writer: MetricsWriter,
         progress: Progress,
     ):
+        self.not_converged = not_converged  # counted on, over all starts
+        self._warned = False
         self._objective, self._batch_size, self._every_steps = objective, batch_size, every_steps
         self._clock, self._writer, self._progress = clock, writer, progress
         self._pending: Mapping[str, jax.Array] | None = None
@@ -395,6 +427,7 @@ class MetricsReader:
             values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
             line = {"step": values.pop("step"), "split": "train", **values}
             self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
+        self._count_convergence(metrics, steps)
         if failed.any():
             self._writer.commit()
             raise self._failure(int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1]))
@@ -404,6 +437,23 @@ class MetricsReader:
             accuracy=float(metrics["accuracy"].mean()),
             images_per_second=images_per_second,
         )
+
+    def _count_convergence(self, metrics: Mapping[str, np.ndarray], steps: int) -> None:
+        for term in self._objective.terms:
+            shares = metrics.get(f"{term.name}/converged", np.ones(steps))
+            short = np.flatnonzero(shares < 1)  # NaN, where the term was not computed, is no such step
+            if not short.size:
+                continue
+            self.not_converged[term.name] = self.not_converged.get(term.name, 0) + int(short.size)
+            if not self._warned:
+                self._warned = True
+                first = short[0]
+                say(
+                    f"warning: at step {int(metrics['step'][first])} the transport of {1 - float(shares[first]):.1%} "
+                    f"of the images in the term {term.name!r} did not converge (mean marginal error "
+                    f"{float(metrics[f'{term.name}/marginal_error'][first]):.1e}): its value is approximate. A larger "
+                    f"objective.terms.{term.name}.epsilon converges sooner. Further steps are counted in result.json"
+                )
 
     def _failure(self, failed: int, step: int) -> RunError:
         what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient", "the update"][failed]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,12 +22,15 @@ from . import preflight
 from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, load
+from .errors import RunError
 from .feed import Images
 from .fit import Fitted, Plan, fit
+from .intact import set_aside
 from .objectives import build_objective
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
-from .teacher import gate, load_network, network_from, network_shapes, read_card, save_network
-from .workdir import check_workdir, claim_workdir, frozen, provenance
+from .stop import Stop
+from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
+from .workdir import check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
 from .writer import read_json, read_metrics, write_json
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
@@ -44,8 +48,14 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 
     Raises:
       RunError: something its user can change; mostly before any work is done.
+      Stopped: SIGTERM or SIGINT came, and what was under way is saved.
     """
     workdir = Path(workdir).expanduser()
+    with Stop() as stop:
+        return _train_and_evaluate(config, workdir, stop)
+
+
+def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, Any]:
     origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
     config_module.check(config)
     if config.teacher.dir:
@@ -57,6 +67,14 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         say(report.result_card(already, workdir))
         return already
 
+    with sole_use(workdir):
+        return _run(config, content, workdir, origin, stop)
+
+
+def _run(
+    config: Config, content: dict[str, Any], workdir: Path, origin: Mapping[str, Any], stop: Stop
+) -> dict[str, Any]:
+    """What there is to do once the workdir is this run's alone."""
     mesh = data_mesh()
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(
@@ -83,23 +101,30 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
             label=f"{workdir}, seed {config.seed}",
         )
     )
+    student = network_from(content["student"], dataset, seed=student_seed(config.seed))
+    if config.init_from:
+        student = begun_from(Path(config.init_from).expanduser(), student)
     on_main(lambda: claim_workdir(workdir, content))
+    changes = on_main(lambda: evaluation_changes(workdir, content))
+    if changes:
+        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
 
     keep_compiled(config.compilation_cache)
     data = Images.of(dataset, config.data, mesh)
-    teacher = obtain_teacher(config, content, dataset, data, workdir, mesh) if distils else None
+    teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     fitted = fit(
         config,
         config.recipe,
         plan,
         label="student",
         workdir=workdir,
-        network=network_from(content["student"], dataset, seed=student_seed(config.seed)),
+        network=student,
         objective=objective,
         teacher=teacher.network if teacher else None,
         data=data,
         seed=student_seed(config.seed),
         mesh=mesh,
+        stop=stop,
     )
     result = {
         "dataset": dataset.name,
@@ -112,7 +137,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
         "best_validation_accuracy": fitted.best_accuracy,
         "best_step": fitted.best_step,
         "evaluated_weights": "moving average" if config.recipe.moving_average else "as trained",
+        "not_converged_steps": fitted.not_converged,
         "config": content,
+        "evaluation_changes": changes,
         **origin,
         "timing": {
             "train_seconds": round(fitted.seconds, 3),
@@ -126,14 +153,44 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
     return result
 
 
+def begun_from(directory: Path, student: Network) -> Network:
+    """The student with the weights of a network that was trained before; its normalisation stays this data set's.
+
+    Raises:
+      RunError: there is no such network, or its weights have other shapes.
+    """
+    trained = load_network(directory)
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path((net.params, net.stats))}
+        for net in (trained, student)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        theirs, ours = (of_net.get(name) for of_net in shapes)
+        if theirs != ours:
+            raise RunError(
+                f"init_from = {str(directory)!r}: its network has {theirs} at {name} and the student {ours}; "
+                "give a network of the same model, options and classes"
+            )
+    return student.replace(params=trained.params, stats=trained.stats)
+
+
 def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result `name` of a workdir, if it is there and the workdir can be this config's.
+
+    One that is damaged is moved aside: the last checkpoint gives it once more.
 
     Raises:
       RunError: as `check_workdir`.
     """
     check_workdir(workdir, content)
-    return read_json(workdir / name) if (workdir / name).exists() else None
+    path = workdir / name
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except RunError:
+        say(f"{path} is damaged and kept as {set_aside(path)}; it is made again from the last checkpoint")
+        return None
 
 
 def conclude(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +256,7 @@ def teacher_shapes(
 
 
 def obtain_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
 ) -> Teacher:
     """The teacher that the config names, loaded or trained, once it has passed the gate.
 
@@ -211,7 +268,8 @@ def obtain_teacher(
         network, name = load_network(origin), on_main(lambda: read_card(origin)["model"])
     else:
         origin, name = workdir / "teacher", config.teacher.model
-        network, seconds = trained_teacher(config, content, dataset, data, origin, mesh)
+        with sole_use(origin):
+            network, seconds = trained_teacher(config, content, dataset, data, origin, mesh, stop)
     accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
     say(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images")
     return Teacher(network, name, accuracy, seconds)
@@ -222,7 +280,7 @@ def _teacher_directory(config: Config) -> Path:
 
 
 def trained_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
 ) -> tuple[Network, float]:
     """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
 
@@ -233,6 +291,7 @@ def trained_teacher(
       data: its images.
       workdir: a workdir of its own.
       mesh: the devices to train on.
+      stop: asked after every dispatch.
 
     Returns:
       The teacher and the seconds that its training took.
@@ -246,7 +305,10 @@ def trained_teacher(
         **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
     }
     card = on_main(lambda: finished(workdir, TEACHER_RESULT, content))
-    if card is not None:
+    reason = None if card is None else on_main(lambda: network_fault(workdir))
+    if reason is not None:
+        say(f"the teacher in {workdir} is damaged ({reason}); it is made again from its last checkpoint")
+    elif card is not None:
         return load_network(workdir), card["timing"]["train_seconds"]
     on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
@@ -264,6 +326,7 @@ def trained_teacher(
         data=data,
         seed=config.teacher.seed,
         mesh=mesh,
+        stop=stop,
     )
     save_network(workdir, fitted.selected, spec, dataset)
     card = {

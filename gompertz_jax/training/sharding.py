@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 START_SECONDS = 300  # how long the processes of a run may take to appear
 _POLL_MILLISECONDS = 1000  # a wait for another process is cut into these, so that Ctrl-C ends it
+_PREFIX = "gompertz_jax/"
 _rounds = itertools.count()
 
 
@@ -218,15 +219,34 @@ def together(work: Callable[[], T]) -> T:
     return done[0]
 
 
+def ask_to_stop(number: int) -> None:
+    """Let the first process know, from any thread, that this one was asked to stop by signal `number`."""
+    if jax.process_count() > 1:
+        _post(f"stop/{jax.process_index()}", number)
+
+
+def asked_to_stop(number: int) -> int:
+    """The signal by which any process was asked to stop, the same on all; 0 if none was.
+
+    Args:
+      number: the one that this process received; 0 for none.
+    """
+    if jax.process_count() == 1:
+        return number
+    return on_main(
+        lambda: number or max([int(word) for _, word in _client().key_value_dir_get(_PREFIX + "stop")] + [0])
+    )
+
+
 def _post(name: str, word: Any) -> None:
-    _client().key_value_set(f"gompertz_jax/{name}", json.dumps(word))
+    _client().key_value_set(_PREFIX + name, json.dumps(word))
 
 
 def _read(name: str) -> Any:
     """A word that was posted, or is going to be. A process that dies takes the waiting ones with it, by JAX's doing."""
     while True:
         try:
-            return json.loads(_client().blocking_key_value_get(f"gompertz_jax/{name}", _POLL_MILLISECONDS))
+            return json.loads(_client().blocking_key_value_get(_PREFIX + name, _POLL_MILLISECONDS))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

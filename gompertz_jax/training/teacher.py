@@ -16,6 +16,7 @@ from ..step import make_eval_step
 from .checkpoint import load_arrays, save_arrays
 from .data import Dataset, Split
 from .errors import RunError
+from .intact import fault
 from .sharding import on_main, replicate
 from .writer import read_json, write_json
 
@@ -79,6 +80,15 @@ def read_card(directory: Path) -> dict[str, Any]:
             "or its 'teacher' folder"
         )
     return read_json(directory / CARD)
+
+
+def network_fault(directory: Path) -> str | None:
+    """What is wrong with a network that was saved in a directory; None if it is as it was."""
+    try:
+        read_card(directory)
+    except RunError as error:
+        return str(error)
+    return fault(directory / ARRAYS)
 
 
 def load_network(directory: Path, *, abstract: bool = False) -> Network:

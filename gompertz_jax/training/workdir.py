@@ -1,20 +1,25 @@
 """The directory of a run: whose it is, whether it can be written, and what computed in it."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from .config import Config, differing_keys
 from .errors import RunError
-from .writer import read_json, write_json
+from .sharding import on_main, say
+from .writer import read_json, write_json, writing
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", "lock"
 
 
 def frozen(config: Config) -> dict[str, Any]:
@@ -47,10 +52,57 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
 
 
+def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
+    """What differs from the run's first start in how it is evaluated; a result says so."""
+    keys = ("evaluate_every_epochs", "teacher")
+    old, new = ({key: config.get(key) for key in keys} for config in (read_json(workdir / CONFIG), content))
+    return differing_keys(old, new, without=())
+
+
 def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
     """Freeze the config of a run into its workdir, at its first start."""
     if not (workdir / CONFIG).exists():
         write_json(workdir / CONFIG, content)
+
+
+@contextlib.contextmanager
+def sole_use(workdir: Path) -> Iterator[None]:
+    """Hold a workdir for this run; the first of several processes does so for all.
+
+    The hold is on an open file: the system ends it with the process, however that ends.
+
+    Raises:
+      RunError: another run holds it; or it cannot be written.
+    """
+    held: list[TextIO] = []
+    on_main(lambda: held.append(_locked(workdir)))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _locked(workdir: Path) -> TextIO:
+    with writing(workdir / LOCK):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunError(
+            f"the workdir {workdir} is in use by {holder}: wait for it, stop it, or choose another --workdir"
+        ) from error
+    except OSError as error:
+        say(f"{workdir} is on a file system without locks ({error.strerror}): nothing keeps a second run out of it")
+    with writing(workdir / LOCK):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
 
 
 def provenance() -> dict[str, Any]:

@@ -3,12 +3,13 @@
 With several processes, the metrics and the progress of all but the first are silent: what they know, it knows.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,44 @@ try:
 except ImportError:  # the extra [tensorboard] is not installed
     SummaryWriter = None
 
+METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a file system's refusal into the one error that its user reads: a full or read-only disk, mostly.
+
+    Raises:
+      RunError: names the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); make room, or make it writable, and start again: "
+            "the run goes on from the last checkpoint, which is intact"
+        ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old one or the new one, never a part of either.
+
+    Raises:
+      RunError: it cannot be written; the old one is as it was.
+    """
+    temporary = path.with_suffix(path.suffix + ".partial")
+    with writing(path):
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader finds the old one or the new one, never a part of either."""
-    _replace(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,22 +87,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def lines_until(lines: Iterable[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The lines that belong to the first `step` steps."""
+    return [line for line in lines if line["step"] + (line["split"] == "train") <= step]
+
+
 class MetricsWriter:
     """Appends to `WORKDIR/metrics.jsonl`, and to TensorBoard events where the extra is installed.
 
     A line of split "train" carries the step that was taken, counted from 0, whose schedules it logs; one of split
     "validation" the number of steps taken so far. Lines past `step` steps are cut when it opens: they belong to steps
     that are about to be taken again.
+
+    Attributes:
+      lines: how many there are. A checkpoint remembers it, so that lines which are lost later are missed.
     """
 
     def __init__(self, workdir: Path, *, step: int):
         self._file = self._events = None
+        self.lines = 0
         if not is_main():
             return
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] + (line["split"] == "train") <= step]
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        path = self._path = workdir / METRICS
+        kept = lines_until(read_metrics(path), step)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = len(kept)
+        with writing(path):
+            self._file = path.open("a")
         if SummaryWriter is not None:
             self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1, max_queue=1000)
 
@@ -78,7 +122,9 @@ class MetricsWriter:
         if self._file is None:
             return
         line = _plain(line)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.lines += 1
         if self._events is not None:
             for name, value in _scalars(line):
                 self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
@@ -86,18 +132,22 @@ class MetricsWriter:
     def commit(self) -> None:
         """Return once everything written so far is on disk. Comes before a checkpoint of the same step."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
         """Commit and close."""
-        self.commit()
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            self.commit()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # said by `commit`
+                    self._file.close()
+            if self._events is not None:
+                self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -144,15 +194,6 @@ class Progress:
     def _figures(self, loss: float, accuracy: float, images_per_second: float) -> str:
         held_out = "" if self.validation_accuracy is None else f", validation {self.validation_accuracy:.1%}"
         return f"{images_per_second:,.0f} images/s, loss {loss:.3f}, accuracy {accuracy:.1%}{held_out}"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _duration(seconds: float) -> str:

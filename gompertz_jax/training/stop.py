@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT: what is under way is finished and saved, and the process ends with 128 + the signal's number."""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from .sharding import ask_to_stop, asked_to_stop, say
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE_SECONDS = 25.0  # after which the process ends, whatever it is doing: what is on disk is whole at any time
+
+
+class Stopped(SystemExit):
+    """A run was asked to stop, and did. Its code is 128 + the signal's number: 143 or 130."""
+
+
+class Stop:
+    """A request to stop, from its signal to its consequence. Used as a context manager, which installs the handlers.
+
+    Within `deferred` the program asks `requested` at places where it can stop. Elsewhere nothing is lost by stopping,
+    and `Stopped` is raised at once, which is as soon as Python's main thread has the word: not while XLA compiles. So a
+    thread waits too. It ends the process after `GRACE_SECONDS`, or at the second signal.
+
+    Outside the main thread, where Python has no handlers, and before it is entered, it requests nothing.
+    """
+
+    def __init__(self):
+        self._asked = 0
+        self._deferred = False
+        self._installed = contextlib.ExitStack()
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            read, write = os.pipe()
+            os.set_blocking(write, False)
+            # Python writes the number here in the moment of the signal, however busy the main thread is.
+            earlier = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            self._installed.callback(os.close, write)
+            self._installed.callback(signal.set_wakeup_fd, earlier)
+            for number in SIGNALS:
+                handler = signal.signal(number, self._handle)
+                self._installed.callback(signal.signal, number, signal.SIG_DFL if handler is None else handler)
+            threading.Thread(target=self._watch, args=(read,), name="stop", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._installed.close()
+        if kind is Stopped:
+            say("stopped; the same command goes on from the last checkpoint")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it, signals only set what `requested` says; at its end they are obeyed.
+
+        Raises:
+          Stopped: at the end, if a signal came.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self._obey()
+
+    def requested(self) -> bool:
+        """Whether this process, or with several any of them, was asked to stop: the same answer on all.
+
+        With several, every process must call this at the same places; it costs a word from the first one to the others.
+        """
+        self._asked = asked_to_stop(self._asked)
+        return self._asked > 0
+
+    def _obey(self) -> None:
+        if self._asked:
+            raise Stopped(128 + self._asked)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._asked = self._asked or number
+        if not self._deferred:
+            self._obey()
+
+    def _watch(self, pipe: int) -> None:
+        with os.fdopen(pipe, "rb", buffering=0) as numbers:
+            number = _next_signal(numbers)
+            if number:
+                name = signal.Signals(number).name
+                print(f"{name}: finishing and saving what is under way; once more stops at once", flush=True)
+                ask_to_stop(number)
+                if not select.select([numbers], [], [], GRACE_SECONDS)[0] or _next_signal(numbers):
+                    print("stopped at once; the same command goes on from the last checkpoint", flush=True)
+                    os._exit(128 + number)
+
+
+def _next_signal(numbers: BinaryIO) -> int:
+    """The next one of SIGNALS; 0 once nothing can come any more."""
+    while byte := numbers.read(1):
+        if byte[0] in SIGNALS:
+            return byte[0]
+    return 0

@@ -1,0 +1,256 @@
+"""What a run survives: damage to what it saved, and whatever else docs/reliability.md promises."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, differences, small_config
+
+from gompertz_jax.training import loop
+from gompertz_jax.training.checkpoint import Checkpoints
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.intact import fault
+from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.workdir import sole_use
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    loop.train_and_evaluate(small_config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it that never came to its end, so that it is gone on with."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole, workdir)
+    (workdir / "result.json").unlink()
+    return workdir
+
+
+def assert_same(one, other):
+    assert differences(one, other) == []
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_costs_an_interval_and_no_number(whole, copy, capsys):
+    cut(next(path for path in (copy / "checkpoints" / "39").rglob("d/*") if path.stat().st_size > 1000))
+    loop.train_and_evaluate(small_config(), copy)
+    out = capsys.readouterr().out
+    assert f"the checkpoint {copy / 'checkpoints' / '39'} is left out (" in out
+    assert "goes on from step 27 of 39" in out
+    assert_same(whole, copy)
+
+
+def test_without_an_intact_checkpoint_nothing_starts_from_scratch(copy):
+    for step in (27, 39):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(RunError, match=f"no checkpoint of the workdir {copy} is intact"):
+        loop.train_and_evaluate(small_config(), copy)
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_torn_line_of_metrics_is_written_again_from_the_checkpoint_before_it(whole, copy, capsys):
+    with (copy / "metrics.jsonl").open("r+") as file:
+        file.truncate((copy / "metrics.jsonl").stat().st_size - 20)
+    loop.train_and_evaluate(small_config(), copy)
+    assert "metrics.jsonl lost lines" in capsys.readouterr().out
+    assert_same(whole, copy)
+
+
+def test_lines_that_no_checkpoint_can_give_again_are_missed_and_told(copy, capsys):
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[5:]))
+    loop.train_and_evaluate(small_config(), copy)
+    assert "lost lines that no checkpoint is old enough to write again" in capsys.readouterr().out
+
+
+def test_a_result_that_was_cut_in_half_is_made_again(whole, copy, capsys):
+    shutil.copy(whole / "result.json", copy / "result.json")
+    cut(copy / "result.json")
+    half = (copy / "result.json").read_bytes()
+    loop.train_and_evaluate(small_config(), copy)
+    assert f"{copy / 'result.json'} is damaged and kept as" in capsys.readouterr().out
+    assert (copy / "set_aside" / "result.json").read_bytes() == half
+    assert_same(whole, copy)
+
+
+def test_a_damaged_teacher_of_one_s_own_is_made_again_from_its_checkpoint(whole, copy, capsys):
+    for name in ("teacher.json", "network.json", "network/state/manifest.ocdbt"):
+        cut(copy / "teacher" / name)
+    loop.train_and_evaluate(small_config(), copy)
+    assert "teacher.json is damaged and kept as" in capsys.readouterr().out
+    assert (copy / "teacher" / "set_aside" / "network").is_dir()
+    assert_same(whole, copy)
+
+
+def test_only_logging_evaluation_and_retention_may_change(whole, copy, capsys):
+    with pytest.raises(RunError, match=re.escape("recipe.epochs: 3 -> 4")):
+        loop.train_and_evaluate(small_config(**{"recipe.epochs": 4}), copy)
+    changed = {"logging.every_steps": 5, "checkpoint.keep": 5, "evaluate_every_epochs": 2}
+    result = loop.train_and_evaluate(small_config(**changed), copy)
+    assert result["evaluation_changes"] == ["evaluate_every_epochs: 1 -> 2"]
+    assert "evaluated otherwise than at its first start" in capsys.readouterr().out
+    again = json.loads((whole / "result.json").read_text())
+    assert again["evaluation_changes"] == []
+    assert result["test_accuracy_last"] == again["test_accuracy_last"]
+
+
+def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
+    changes = {"init_from": str(whole), "teacher.dir": str(whole / "teacher"), "recipe.learning_rate": 1e-30}
+    loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
+    networks = [load_network(directory) for directory in (whole, tmp_path / "run")]
+    jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
+    with pytest.raises(RunError, match=r"init_from = '.*teacher': its network has \("):
+        loop.train_and_evaluate(small_config(**changes | {"init_from": str(whole / "teacher")}), tmp_path / "other")
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of three megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads say it too,
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # and what they leave behind
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_is_full_or_read_only_costs_nothing_that_was_saved(
+    whole, small_disk, tmp_path, monkeypatch, trouble
+):
+    """From the student's first checkpoint on; with room again the run ends in the same bits."""
+    workdir, original = small_disk / "run", Checkpoints.save
+    shutil.copytree(whole / "teacher", workdir / "teacher")
+
+    def save(self, step, *arguments):
+        if step == 27:
+            self.wait()
+            if trouble == "full":
+                with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+                    while file.write(bytes(1024)):
+                        pass
+            else:
+                saved = workdir / "checkpoints"
+                for options in (["--bind", saved, saved], ["-o", "remount,ro,bind", saved]):
+                    subprocess.run(["mount", *options], check=True)
+        original(self, step, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"cannot be written .*start again"):
+        patch.setattr(Checkpoints, "save", save)
+        loop.train_and_evaluate(small_config(), workdir)
+    assert fault(workdir / "checkpoints" / "15") is None
+    if trouble == "full":
+        (small_disk / "filler").unlink()
+    else:
+        subprocess.run(["umount", workdir / "checkpoints"], check=True)
+    loop.train_and_evaluate(small_config(), workdir)
+    assert_same(whole, workdir)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+SMALL = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers import small_config
+from gompertz_jax.training.feed import Feed
+
+def slowly(self, step, call=Feed.__call__):
+    time.sleep(float(os.environ.get("SECONDS_A_DISPATCH", "0")))
+    return call(self, step)
+
+Feed.__call__ = slowly
+
+def get_config():
+    return small_config()
+"""
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """A config file of the same run."""
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+def start(config, workdir, log, *more, **environment):
+    """`python train.py` in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}", *more]
+    with log.open("a") as output:
+        environment = {**os.environ, **environment}
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def until(condition, process, *, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def test_a_workdir_is_one_run_s_alone_while_that_lives(small_file, tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    first = start(small_file, workdir, log)
+    try:
+        until((workdir / "teacher" / "lock").exists, first)
+        with pytest.raises(RunError, match=f"{workdir} is in use by process {first.pid} on {socket.gethostname()}: "):
+            loop.train_and_evaluate(small_config(), workdir)
+        with (
+            pytest.raises(RunError, match=f"teacher is in use by process {first.pid} on "),
+            sole_use(workdir / "teacher"),
+        ):
+            pass
+        first.send_signal(signal.SIGSTOP)  # a run that sleeps is not dead
+        with pytest.raises(RunError, match="is in use by"):
+            loop.train_and_evaluate(small_config(), workdir)
+    finally:
+        first.kill()
+        first.wait()
+    with sole_use(workdir), sole_use(workdir / "teacher"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "said"),
+    [
+        (signal.SIGTERM, "teacher/checkpoints/13", r"teacher: saved at step \d+ of 65"),
+        (signal.SIGINT, "checkpoints/15", r"student: saved at step \d+ of 39"),
+        (signal.SIGTERM, "lock", "finishing and saving what is under way"),
+    ],
+    ids=["teacher", "student", "compilation"],
+)
+def test_a_signal_stops_a_run_that_goes_on_to_the_same_bits(small_file, whole, tmp_path, number, moment, said):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    process = start(small_file, workdir, log, SECONDS_A_DISPATCH="0.1")
+    until((workdir / moment).exists, process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number, log.read_text()
+    text = log.read_text()
+    assert re.search(said, text), text
+    assert "the same command goes on from the last checkpoint" in text
+    assert "Traceback" not in text
+    loop.train_and_evaluate(small_config(), workdir)
+    assert_same(whole, workdir)
