@@ -52,12 +52,6 @@ def test_the_methods_name_every_loss_that_is_published(monkeypatch):
     assert {name for name, loss in objectives.LOSSES.items() if loss.weight} <= used
 
 
-def test_a_method_on_other_data_is_refused(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    with pytest.raises(ValueError, match="a method runs on digits or cifar100, got 'mnist'"):
-        config_of(METHODS[0], "mnist")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

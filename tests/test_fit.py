@@ -69,7 +69,10 @@ def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, mo
     programs, memory, images, guard = zip(*seen[2:], strict=True)
     assert len(seen) == 10 * 13 / 5 and compiled
     assert set(programs) == {len(compiled)}
-    assert max(memory) == max(memory[:6])
+    # A copy of the state more or less may be on its way to the disk; one kept at each evaluation would make five more.
+    state = 3 * 64 * 10 * 4  # weights, momentum, best weights
+    early, late = memory[: len(memory) // 2], memory[len(memory) // 2 :]
+    assert max(late) < max(early) + 2 * state
     assert set(images) == {1}
     assert set(guard) == {"disallow"}
 

@@ -13,9 +13,7 @@ import gompertz_jax as gj
 from gompertz_jax.projections import measure_teacher
 from gompertz_jax.step import output_shapes
 from gompertz_jax.training import preflight
-from gompertz_jax.training.data import load
 from gompertz_jax.training.objectives import build_objective
-from gompertz_jax.training.writer import read_json
 
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.py") if path.stem != "base")
 SHAPE, BATCH = (8, 8, 3), 8
@@ -100,13 +98,7 @@ def test_every_term_of_every_method_trains_the_student_and_nothing_is_infinite()
         assert 0 < moved < 1e3, f"{term.name} moved the student by {moved}"
 
 
-def test_a_method_runs_from_its_file(tmp_path):
-    shorter = [f"--config.{recipe}.epochs=1" for recipe in ("recipe", "teacher.recipe")]
-    shorter += [f"--config.{recipe}.warmup_epochs=0.0" for recipe in ("recipe", "teacher.recipe")]
-    shorter += ["--config.teacher.model=resnet8", "--config.teacher.min_accuracy=0.0", f"--workdir={tmp_path / 'run'}"]
-    run = train(f"--config={ROOT / 'configs' / 'methods' / 'crd.py'}", *shorter)
-    assert run.returncode == 0, run.stderr
-    result = read_json(tmp_path / "run" / "result.json")
-    assert result["dataset"] == load("digits", validation=100).name
-    assert "crd" in result["config"]["objective"]["terms"]
-    assert "pooled vectors of 64 and 64 by affine maps to 128, at unit norm" in run.stdout
+def test_data_that_a_method_does_not_know_is_one_line():
+    run = train(f"--config={ROOT / 'configs' / 'methods' / 'crd.py'}:mnist")
+    assert run.returncode == 1
+    assert run.stderr == "error: --config: a method runs on digits or cifar100, got 'mnist'\n"
