@@ -24,7 +24,7 @@ def parse(arguments: list[str]) -> list[str]:
     """Parse flags; a key that the config does not have is told in one line."""
     try:
         return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, OSError) as error:
         sys.exit(f"error: --config: {' '.join(str(error).split())}")
 
 

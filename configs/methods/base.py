@@ -23,7 +23,7 @@ def start(base: str):
         config.teacher.model, config.student.model = "resnet32x4", "resnet8x4"
         config.recipe.learning_rate = 0.05
     else:
-        raise ValueError(f"a method runs on digits or cifar100, got {base!r}")
+        raise KeyError(f"a method runs on digits or cifar100, got {base}")
     config.objective.terms = ConfigDict({"ce": {"loss": "cross_entropy", "weight": "1"}})
     return config
 
