@@ -18,7 +18,7 @@ from gompertz_jax.training.errors import RunError
 def state(value):
     params = {"w": jnp.full((3, 2), value), "b": {}}
     opt_state = optax.sgd(0.1, momentum=0.9).init(params)
-    return gj.TrainState(jnp.int32(value), params, {}, {}, {}, opt_state, None, jnp.int32(-1), jnp.int32(-1))
+    return gj.TrainState(jnp.int32(value), params, {}, {}, {}, {}, opt_state, None, jnp.int32(-1), jnp.int32(-1))
 
 
 def test_the_newest_state_comes_back_to_the_bit(tmp_path):
