@@ -13,6 +13,7 @@ from helpers import smallest_networks
 import gompertz_jax as gj
 from gompertz_jax import terms
 from gompertz_jax.data_parallel import SPREAD, per_image
+from gompertz_jax.projections import Embedding
 from gompertz_jax.training.sharding import data_mesh, replicate
 
 BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
@@ -21,8 +22,13 @@ LOSSES = {
     "kd": terms.soft_targets,
     "wasserstein": terms.wasserstein,
     "wasserstein_batch": partial(terms.wasserstein, cloud="batch"),
+    "wasserstein_class": partial(terms.wasserstein, cloud="class"),
     "gaussian": terms.gaussian,
     "gradient": partial(terms.gradient_match, pool=2),
+    "similarity_preserving": terms.similarity_preserving,
+    "relational_distance": terms.relational_distance,
+    "intraclass_correlation": terms.intraclass_correlation,
+    "contrastive_representation": terms.contrastive_representation,
 }
 
 
@@ -39,7 +45,7 @@ def objective():
     listed = [
         gj.Term(name, weight(column), loss, distils=name != "ce") for column, (name, loss) in enumerate(LOSSES.items())
     ]
-    return gj.Objective(tuple(listed), {"last": gj.Projection()})
+    return gj.Objective(tuple(listed), {"last": gj.Projection(), "embedding": Embedding(8)})
 
 
 CASES = (*LOSSES, "all")

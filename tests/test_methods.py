@@ -13,7 +13,7 @@ import gompertz_jax as gj
 from gompertz_jax.projections import measure_teacher
 from gompertz_jax.step import output_shapes
 from gompertz_jax.training import preflight
-from gompertz_jax.training.objectives import build_objective
+from gompertz_jax.training.objectives import LOSSES, build_objective
 
 METHODS = sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.py") if path.stem != "base")
 SHAPE, BATCH = (8, 8, 3), 8
@@ -51,6 +51,12 @@ def test_what_is_matched_and_how_is_told_before_the_start(method):
         "crd": "pooled vectors of 1280 and 2048 by affine maps to 128",
     }
     assert expected.get(method, "") in "\n".join(matched)
+
+
+def test_the_page_of_losses_names_them_all():
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for name in LOSSES:
+        assert name == "cross_entropy" or f"`{name}`" in page, name
 
 
 def every_term():
