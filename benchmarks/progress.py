@@ -58,9 +58,7 @@ def main():
     for seed in range(options.seeds):
         for arm in ARMS:
             found[arm].append(run(options.workdir, seed, arm))
-    print(
-        "| curve by | test accuracy, last step | difference to the clock, 95 % interval | mean weight | final progress |"
-    )
+    print("| curve by | test accuracy, last step | difference (95 %) | mean weight | progress |")
     print("|---|---|---|---|---|")
     clock = np.array([one["test_accuracy_last"] for one in found["clock"]])
     for arm, runs in found.items():
