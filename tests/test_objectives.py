@@ -92,6 +92,11 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
             "last.student = -1: what wasserstein reads has the keys student_st",
         ),
         ("objective.projections.last", {"student_stage": 0.5}, "last.student_stage = 0.5 must be of type int"),
+        (
+            "objective.terms.gradient.stages",
+            (1,),
+            r"gradient.stages = \(1,\) must be empty or \(student stage, teacher",
+        ),
         ("objective.terms.extra", {"weight": "1"}, "objective.terms.extra lacks loss"),
         ("objective.terms.extra", {"loss": "gaussian"}, "lacks a weight, and gaussian has no published one"),
         (

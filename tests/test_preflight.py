@@ -105,6 +105,13 @@ def test_a_term_that_cannot_be_computed_is_refused_by_name(changes, message):
         describe(dataset(), **changes)
 
 
+def test_gradients_at_a_stage_are_described_and_a_stage_that_is_not_there_is_refused():
+    text = describe(dataset(), **{"objective.terms.gradient.stages": (-1, 3), "objective.terms.gradient.pool": 1})
+    assert "gradient: 1280@2 -> 1024@8; each position's contribution, the larger map averaged" in text
+    with pytest.raises(RunError, match=r"terms\.gradient: student stage 6: the student has stages 0 to 5"):
+        describe(dataset(), **{"objective.terms.gradient.stages": (6, 3)})
+
+
 def test_a_part_of_the_batch_suffices_for_input_gradients():
     assert "gradient" in describe(dataset(), **{"objective.terms.gradient.images": 64})
     assert "gradient" in describe(dataset(), **{"objective.terms.gradient.images": 4})

@@ -469,3 +469,58 @@ def test_progress_and_skipping_the_teacher_exclude_each_other():
         setup(objective, skip_below=0.1)
     with pytest.raises(ValueError, match=r"progress.decay must lie in \[0, 1\), got 1.0"):
         setup(objective._replace(progress=gj.Progress(decay=1.0)))
+
+
+def hidden_network(seed, *, width, taps=True):
+    """One map, tanh of a linear map of the image, and logits linear in its mean; takes offsets at the map."""
+    rng = np.random.default_rng(seed)
+    params = {"v": jnp.asarray(rng.normal(size=(2, width)), jnp.float32)}
+    params["u"] = jnp.asarray(rng.normal(size=(width, CLASSES)), jnp.float32)
+
+    def apply(params, stats, images, *, train, key=None, offsets=None):
+        hidden = jnp.tanh(images @ params["v"])
+        if offsets is not None and offsets[0] is not None:
+            hidden = hidden + offsets[0]
+        return gj.Outputs(hidden.mean((1, 2)) @ params["u"], (hidden,), hidden.mean((1, 2))), stats
+
+    def deaf(params, stats, images, *, train, key=None):
+        return apply(params, stats, images, train=train)
+
+    return gj.Network(apply if taps else deaf, params, {}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_gradients_at_a_stage_are_those_of_the_maps_by_hand(images):
+    """The gradient at the map is u of the teacher's top class over 16 positions, whatever the image."""
+    student, teacher = hidden_network(1, width=5), hidden_network(2, width=7)
+    loss = partial(terms.gradient_match, stages=(0, -1), pool=1, images=images)
+    objective = gj.Objective((gj.Term("m", gj.constant_schedule(1.0), loss, gradient_stages=(0, -1)),))
+    b, optimizer = batch(), optax.sgd(1.0)
+    state = gj.init_state(student, optimizer, objective, SHAPE)
+    before = jax.tree.map(np.asarray, state.params)
+    state, metrics = gj.make_train_step(student, optimizer, objective)(state, teacher, b)
+    maps = [np.tanh(np.asarray(b["image"], np.float64) @ net.params["v"]) for net in (student, teacher)]
+    top = (maps[1].mean((1, 2)) @ np.asarray(teacher.params["u"])).argmax(-1)
+    shares = [
+        np.einsum("bhwc,cb->bhw", m, np.asarray(net.params["u"], np.float64)[:, top]).reshape(6, -1)
+        for m, net in zip(maps, (student, teacher), strict=True)
+    ]
+    norms = np.linalg.norm(shares[0], axis=-1) * np.linalg.norm(shares[1], axis=-1)
+    expected = 1 - (shares[0] * shares[1]).sum(-1) / norms
+    np.testing.assert_allclose(metrics["m/raw"], [expected[: images or 6].mean()], rtol=1e-4)
+    assert all(np.abs(state.params[name] - before[name]).max() > 1e-5 for name in before)
+
+
+def test_a_gradient_at_a_stage_that_cannot_be_had_is_told():
+    teacher = hidden_network(2, width=7)
+    loss = partial(terms.gradient_match, stages=(0, 0), pool=1)
+    for student, gradient_stages, message in (
+        (hidden_network(1, width=5), (), "no gradient was prepared at stage 0: say so in the term's gradient_stages"),
+        (hidden_network(1, width=5, taps=False), (0, 0), "this network's apply does not take them"),
+        (hidden_network(1, width=5), (1, 0), "stage 1 is not there: the network has stages 0 to 0"),
+    ):
+        term = gj.Term("m", gj.constant_schedule(1.0), loss, gradient_stages=gradient_stages)
+        objective, optimizer = gj.Objective((term,)), optax.sgd(1.0)
+        state = gj.init_state(student, optimizer, objective, SHAPE)
+        with pytest.raises(ValueError, match=message):
+            gj.make_train_step(student, optimizer, objective)(state, teacher, batch())

@@ -99,6 +99,7 @@ def get_default() -> Config:
                         "pool": 4,
                         "kind": "cosine",
                         "images": 0,
+                        "stages": (),
                         "every_k_steps": 1,
                     },
                 },

@@ -254,6 +254,9 @@ def _term(
             raise RunError(f"{where}.{key} = {text!r} is {values[step]:g} at step {step}; it must stay above 0")
     if "projection" in legal:
         options.setdefault("projection", parameters["projection"].default)
+    stages = options.get("stages", ())
+    if len(stages) not in (0, 2):
+        raise RunError(f"{where}.stages = {stages!r} must be empty or (student stage, teacher stage)")
     if loss_name == "cross_entropy":
         options.setdefault("label_smoothing", config.recipe.label_smoothing)
     return Term(
@@ -263,8 +266,8 @@ def _term(
         scheduled,
         distils=loss_name != "cross_entropy",
         every_k_steps=every,
-        gradient_stages=tuple(options.get("stages", ())),
-        bridge=loss.bridge,
+        gradient_stages=tuple(stages),
+        bridge=f"each position's contribution, {_SMALLER}" if stages else loss.bridge,
     )
 
 
