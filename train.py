@@ -1,5 +1,6 @@
 """Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from ml_collections import config_flags
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
+from gompertz_jax.training.stop import Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config(), FILE[:VARIANT].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>[-<its variant>].")
@@ -43,6 +45,11 @@ def main(arguments: list[str]) -> None:
         train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
     except RunError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        # Everything is saved. XLA's threads may still compile, and abort an interpreter that ends under them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(str(stopped.code)))
     except KeyboardInterrupt:  # before the run, which has handlers of its own
         sys.exit(128 + signal.SIGINT)
 

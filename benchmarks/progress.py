@@ -1,6 +1,6 @@
 """The Gompertz curve by the clock and by the student's progress, on digits: accuracy by arm and paired differences.
 
-    python benchmarks/progress.py --workdir DIR [--seeds N] [--json FILE]
+    python benchmarks/progress.py --workdir DIR [--seeds N] [--arms ARM ...] [--json FILE]
 
 One teacher for all; arms of one seed begin with equal weights and see equal batches. Nothing is tuned here. Runs that
 are finished in DIR are not made again.
@@ -52,11 +52,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the clock is always one")
     parser.add_argument("--json")
     options = parser.parse_args()
-    found = {arm: [] for arm in ARMS}
+    found = {arm: [] for arm in ARMS if arm == "clock" or arm in options.arms}
     for seed in range(options.seeds):
-        for arm in ARMS:
+        for arm in found:
             found[arm].append(run(options.workdir, seed, arm))
     print("| curve by | test accuracy, last step | difference (95 %) | mean weight | progress |")
     print("|---|---|---|---|---|")
