@@ -72,8 +72,8 @@ def relative_accuracy(record: Record) -> tuple[Array, Array]:
 class Progress(NamedTuple):
     r"""How far the student is, measured on the training batches: what `by_progress` weights read.
 
-    .. math:: n \leftarrow eta n + (1 - eta) \, n_t, \qquad d \leftarrow eta d + (1 - eta) \, d_t, \qquad
-        ext{progress} = \min(n / d, 1)
+    .. math:: n \leftarrow \beta n + (1 - \beta) \, n_t, \qquad d \leftarrow \beta d + (1 - \beta) \, d_t, \qquad
+       \text{progress} = \min(n / d, 1)
 
     from n = 0 and d = 1: an untrained student has made no progress, and the first batches move it slowly. It is part of
     the training state, so a resumed run goes on with it. A step reads the progress before its own batch.

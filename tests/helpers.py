@@ -142,3 +142,14 @@ def record(**changes):
         "teacher_views": {"last": jnp.asarray(rng.normal(size=(3, 4, 4, 10)), jnp.float32)},
     }
     return gj.Record(**(fields | changes))
+
+
+def central_difference(function, point, h=1e-6):
+    """The gradient of a scalar function of a float64 array, entry by entry."""
+    difference = np.zeros(point.shape)
+    for index in np.ndindex(*point.shape):
+        up, down = point.copy(), point.copy()
+        up[index] += h
+        down[index] -= h
+        difference[index] = (function(up) - function(down)) / (2 * h)
+    return difference

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import central_difference
 
 import gompertz_jax as gj
 
@@ -35,16 +36,6 @@ def network(parameters, images):
 
 def parameters(seed):
     return jnp.asarray(normal(seed, (3, 3, 2, 4))), jnp.asarray(normal(seed + 1, (4, 4)))
-
-
-def central_difference(function, point, h=1e-6):
-    difference = np.zeros(point.shape)
-    for index in np.ndindex(*point.shape):
-        up, down = point.copy(), point.copy()
-        up[index] += h
-        down[index] -= h
-        difference[index] = (function(up) - function(down)) / (2 * h)
-    return difference
 
 
 # Compiled once per shape and dtype: that eager evaluation agrees is tested below.

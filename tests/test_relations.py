@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import scipy.special
+from helpers import central_difference
 
 import gompertz_jax as gj
 
@@ -187,16 +188,6 @@ def test_the_gradient_is_the_finite_difference_and_only_contrastive_teachers_hav
         assert np.abs(to_teacher).max() > 0.1
     else:
         np.testing.assert_array_equal(to_teacher, 0.0)
-
-
-def central_difference(function, point, h=1e-6):
-    difference = np.zeros(point.shape)
-    for index in np.ndindex(*point.shape):
-        up, down = point.copy(), point.copy()
-        up[index] += h
-        down[index] -= h
-        difference[index] = (function(up) - function(down)) / (2 * h)
-    return difference
 
 
 def test_options_against_the_references():

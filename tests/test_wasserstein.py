@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from helpers import central_difference as central_difference_of
 
 import gompertz_jax as gj
 from gompertz_jax.losses import _sinkhorn
@@ -16,6 +17,8 @@ sinkhorn_and_gradient = jax.value_and_grad(
     lambda x, y, epsilon, **options: gj.sinkhorn_distance(x, y, epsilon=epsilon, **options).sum()
 )
 TO_CONVERGENCE = {"threshold": 1e-12, "max_iterations": 20_000}
+
+central_difference = partial(central_difference_of, h=1e-5)
 
 
 def clouds(seed, n, m, d, batch=(), shift=0.0):
@@ -74,16 +77,6 @@ def exact_transport(cost):
     )
     assert solution.status == 0
     return solution.fun, solution.x.reshape(n, m)
-
-
-def central_difference(function, point, h=1e-5):
-    difference = np.zeros(point.shape)
-    for index in np.ndindex(*point.shape):
-        up, down = point.copy(), point.copy()
-        up[index] += h
-        down[index] -= h
-        difference[index] = (function(up) - function(down)) / (2 * h)
-    return difference
 
 
 # Between clouds of the same size, Sinkhorn needs 1e5 iterations for the last digits from epsilon = .02 down.
