@@ -1,7 +1,5 @@
 """Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from ml_collections import config_flags
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
-from gompertz_jax.training.stop import Stopped
+from gompertz_jax.training.stop import Stopped, leave
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config(), FILE[:VARIANT].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>[-<its variant>].")
@@ -35,23 +33,17 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and what fails with tracebacks
     if arguments[1:]:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
-    path, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
-    file = Path(path)
-    if not file.is_file():
+    file, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
+    if not Path(file).is_file():
         sys.exit(f"error: --config: there is no file {file}; the experiments that come with this are in configs/")
+    workdir = _WORKDIR.value or f"runs/{'-'.join([Path(file).stem, *variant])}"
     try:
         connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value)
-        name = "-".join([file.stem, *variant])
-        train_and_evaluate(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+        train_and_evaluate(_CONFIG.value, workdir)
     except RunError as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
-        # Everything is saved. XLA's threads may still compile, and abort an interpreter that ends under them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(str(stopped.code)))
-    except KeyboardInterrupt:  # before the run, which has handlers of its own
-        sys.exit(128 + signal.SIGINT)
+        leave(stopped)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""A whole run: what it leaves behind, and that stopping it anywhere changes no number."""
+"""A whole run: what it leaves behind, and what it refuses."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, tiny_config, train
+from helpers import ROOT, small_config, tiny_config, train
 
 from gompertz_jax.training import loop
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.writer import read_metrics
+
+
+def run_config(**changes):
+    """All four terms on the smallest networks, for two epochs."""
+    default = tiny_config().objective.terms
+    terms = {f"objective.terms.{name}.weight": default[name].weight for name in ("wasserstein", "gradient")}
+    return small_config(**{"recipe.epochs": 2} | terms | changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    return workdir, loop.train_and_evaluate(tiny_config(), workdir)
+    return workdir, loop.train_and_evaluate(run_config(), workdir)
 
 
 def without_timing(value):
@@ -49,7 +50,6 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {"train_seconds", "teacher_seconds", "images_per_second"} <= result["timing"].keys()
     assert result["timing"]["train_seconds"] > 0
     assert result["teacher_test_accuracy"] > 0.5
-    assert result["test_accuracy_last"] > 0.5
 
 
 def test_metrics_hold_every_step_once_with_every_term_and_schedule(finished):
@@ -88,7 +88,7 @@ def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir / "teacher", tmp_path / "teacher")
     changes = {"teacher.dir": str(tmp_path / "teacher"), "recipe.epochs": 1}
-    loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+    loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     for name in ("network", "network.json"):
         path = tmp_path / "teacher" / name
@@ -96,51 +96,52 @@ def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
         source = workdir / name
         shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
     with pytest.raises(RunError, match="the teacher is not the one"):
-        loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+        loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys):
     workdir, result = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    assert loop.train_and_evaluate(tiny_config(), workdir) == result
+    assert loop.train_and_evaluate(run_config(), workdir) == result
     assert "test accuracy" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(finished):
     workdir, _ = finished
-    with pytest.raises(RunError, match=re.escape("recipe.epochs: 3 -> 4; seed: 0 -> 1")):
-        loop.train_and_evaluate(tiny_config(**{"seed": 1, "recipe.epochs": 4}), workdir)
+    with pytest.raises(RunError, match=re.escape("recipe.epochs: 2 -> 4; seed: 0 -> 1")):
+        loop.train_and_evaluate(run_config(**{"seed": 1, "recipe.epochs": 4}), workdir)
 
 
 def test_a_trained_network_teaches_another_run(finished, tmp_path):
     """From the workdir of a run (its student) or from its teacher's; the same seed gives the same student."""
     workdir, result = finished
-    again = loop.train_and_evaluate(tiny_config(**{"teacher.dir": str(workdir / "teacher")}), tmp_path / "a")
+    again = loop.train_and_evaluate(run_config(**{"teacher.dir": str(workdir / "teacher")}), tmp_path / "a")
     assert again["test_accuracy_last"] == result["test_accuracy_last"]
     assert metrics_of(tmp_path / "a") == metrics_of(workdir)
-    changes = {"teacher.dir": str(workdir), "data.validation": 0, "recipe.moving_average": 0.9, "recipe.epochs": 2}
-    student = loop.train_and_evaluate(tiny_config(**changes), tmp_path / "b")
+    changes = {"teacher.dir": str(workdir), "data.validation": 0, "recipe.moving_average": 0.9, "recipe.epochs": 1}
+    student = loop.train_and_evaluate(small_config(**changes), tmp_path / "b")
     assert student["teacher_test_accuracy"] == result["test_accuracy_best"]
     assert student["test_accuracy_best"] is None
     assert student["evaluated_weights"] == "moving average"
 
 
 def test_a_student_alone_needs_no_teacher_and_a_batch_must_fit_the_data(tmp_path):
-    off = {f"objective.terms.{term}.weight": "0" for term in ("kd", "wasserstein", "gradient")}
-    alone = loop.train_and_evaluate(tiny_config(**off, **{"recipe.epochs": 1}), tmp_path / "alone")
+    alone = loop.train_and_evaluate(
+        small_config(**{"objective.terms.kd.weight": "0", "recipe.epochs": 1}), tmp_path / "alone"
+    )
     assert alone["teacher"] is alone["teacher_test_accuracy"] is None
     assert not (tmp_path / "alone" / "teacher").exists()
     assert "kd/raw" not in metrics_of(tmp_path / "alone")[0]
     with pytest.raises(RunError, match="batch_size = 5000 exceeds"):
-        loop.train_and_evaluate(tiny_config(**{"recipe.batch_size": 5000}), tmp_path / "large")
+        loop.train_and_evaluate(run_config(**{"recipe.batch_size": 5000}), tmp_path / "large")
 
 
 def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path):
     workdir, _ = finished
     changes = {"teacher.dir": str(workdir / "teacher"), "recipe.learning_rate": 1e30, "recipe.warmup_epochs": 0.0}
     with pytest.raises(RunError, match=r"was not finite at step \d+"):
-        loop.train_and_evaluate(tiny_config(**changes), tmp_path / "run")
+        loop.train_and_evaluate(run_config(**changes), tmp_path / "run")
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert None in metrics_of(tmp_path / "run")[-1].values()  # the failing step itself is on record, and nothing after
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(len(metrics_of(tmp_path / "run"))))
@@ -149,61 +150,7 @@ def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path)
 def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written"):
-        loop.train_and_evaluate(tiny_config(), tmp_path / "file" / "run")
-
-
-RUN_TINY = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from helpers import tiny_config
-from gompertz_jax.training.loop import train_and_evaluate
-train_and_evaluate(tiny_config(), sys.argv[1])
-"""
-
-
-def start(workdir, log):
-    command = [sys.executable, "-c", RUN_TINY, str(workdir), str(ROOT / "tests")]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-
-def test_killed_runs_end_with_the_numbers_of_an_uninterrupted_one(finished, tmp_path):
-    """SIGKILL while the teacher trains, after it was saved, while the student trains, after it was saved."""
-    whole, result = finished
-    workdir, log_path = tmp_path / "killed", tmp_path / "log"
-    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
-    moments = ["teacher/metrics.jsonl", "teacher/checkpoints/15", "metrics.jsonl", "checkpoints/15"]
-    kills = 0
-    with log_path.open("w") as log:
-        for moment in moments:
-            process = start(workdir, log)
-            deadline = time.monotonic() + 240
-            while not (workdir / moment).exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        assert kills >= 3, log_path.read_text()
-        assert start(workdir, log).wait(timeout=240) == 0, log_path.read_text()
-    resumed = json.loads((workdir / "result.json").read_text())
-    assert without_timing(resumed) == without_timing(result)
-    assert metrics_of(workdir) == metrics_of(whole)
-    assert metrics_of(workdir / "teacher") == metrics_of(whole / "teacher")
-    networks = [load_network(directory) for directory in (whole, workdir)]
-    jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
-
-
-def test_train_py_runs_from_the_command_line(finished, tmp_path):
-    workdir, _ = finished
-    quick = (
-        "--config.recipe.epochs=1",
-        "--config.recipe.warmup_epochs=0",
-        "--config.teacher.min_accuracy=0.5",
-        f"--config.teacher.dir={workdir / 'teacher'}",
-    )
-    done = train("--config", ROOT / "configs/digits.py", "--workdir", tmp_path / "run", *quick)
-    assert done.returncode == 0, done.stderr
-    assert "best by validation" in done.stdout
-    assert (tmp_path / "run" / "result.json").exists()
+        loop.train_and_evaluate(run_config(), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -211,11 +158,7 @@ def test_train_py_runs_from_the_command_line(finished, tmp_path):
     [
         (["--config.recipe.epoch=3"], 'Did you mean "epochs"'),
         (["--config.recipe.epochs=many"], "config.recipe.epochs=many"),
-        (["--config.student.model=resnet9"], "student.model = 'resnet9'"),
-        (["--config.recipe.decay=multistep"], "lie beyond training"),
-        (["--workdir=/dev/null/run"], "cannot be written"),
         (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
-        (["--config.teacher.dir=/nowhere"], "holds no trained network"),
         (["stray"], "unexpected argument 'stray'"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),
     ],

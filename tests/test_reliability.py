@@ -233,24 +233,36 @@ def test_a_workdir_is_one_run_s_alone_while_that_lives(small_file, tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("number", "moment", "said"),
-    [
-        (signal.SIGTERM, "teacher/checkpoints/13", r"teacher: saved at step \d+ of 65"),
-        (signal.SIGINT, "checkpoints/15", r"student: saved at step \d+ of 39"),
-        (signal.SIGTERM, "lock", "finishing and saving what is under way"),
-    ],
-    ids=["teacher", "student", "compilation"],
-)
-def test_a_signal_stops_a_run_that_goes_on_to_the_same_bits(small_file, whole, tmp_path, number, moment, said):
-    workdir, log = tmp_path / "run", tmp_path / "log"
-    process = start(small_file, workdir, log, SECONDS_A_DISPATCH="0.1")
-    until((workdir / moment).exists, process)
-    process.send_signal(number)
-    assert process.wait(timeout=30) == 128 + number, log.read_text()
-    text = log.read_text()
-    assert re.search(said, text), text
-    assert "the same command goes on from the last checkpoint" in text
-    assert "Traceback" not in text
-    loop.train_and_evaluate(small_config(), workdir)
+ENDS = [
+    # signal, the file at whose appearance it is sent, what is said
+    (signal.SIGTERM, "lock", ""),  # compilation, in which nothing is there to be saved
+    (signal.SIGKILL, "teacher/metrics.jsonl", ""),
+    (signal.SIGTERM, "teacher/checkpoints/13", r"teacher: saved at step \d+ of 65"),
+    (signal.SIGKILL, "metrics.jsonl", ""),
+    (signal.SIGINT, "checkpoints/15", r"student: saved at step \d+ of 39"),
+    (signal.SIGKILL, "checkpoints/27", ""),
+]
+
+
+def test_a_run_that_is_killed_and_stopped_again_and_again_ends_in_the_same_bits(small_file, whole, tmp_path):
+    """SIGKILL comes up to .3 s after its moment: that is another one each time the suite runs."""
+    workdir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    for number, moment, said in ENDS:
+        log = tmp_path / f"{moment.replace('/', '-')}.log"
+        process = start(small_file, workdir, log, SECONDS_A_DISPATCH="0.1")
+        until((workdir / moment).exists, process)
+        if number == signal.SIGKILL:
+            time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+        code, text = process.wait(timeout=30), log.read_text()
+        if number == signal.SIGKILL:
+            assert code == -number, text
+        else:
+            assert code == 128 + number, text
+            assert "the same command goes on from the last checkpoint" in text
+        assert re.search(said, text), text
+        assert "Traceback" not in text
+    log = tmp_path / "end.log"
+    assert start(small_file, workdir, log).wait(timeout=240) == 0, log.read_text()
+    assert "best by validation" in log.read_text()
     assert_same(whole, workdir)
