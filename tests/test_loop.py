@@ -18,7 +18,8 @@ def run_config(**changes):
     """All four terms on the smallest networks, for two epochs."""
     default = tiny_config().objective.terms
     terms = {f"objective.terms.{name}.weight": default[name].weight for name in ("wasserstein", "gradient")}
-    return small_config(**{"recipe.epochs": 2} | terms | changes)
+    # a large epsilon takes few iterations
+    return small_config(**{"recipe.epochs": 2, "objective.terms.wasserstein.epsilon": "1"} | terms | changes)
 
 
 @pytest.fixture(scope="module")

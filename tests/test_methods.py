@@ -1,5 +1,6 @@
 """The published losses as configs: each is described before it starts, and trains a student, all in one program."""
 
+import functools
 import importlib
 
 import jax
@@ -28,14 +29,16 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@functools.cache
+def shapes(name):
+    network = jax.eval_shape(lambda: gj.models.create(name, num_classes=10, key=jax.random.key(0)))
+    return output_shapes(network, (32, 32, 3), batch_size=BATCH)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_matched_and_how_is_told_before_the_start(method):
     """On ResNet-50 -> MobileNetV2, where channels, heights and widths all differ."""
-    teacher, student = (
-        jax.eval_shape(lambda name=name: gj.models.create(name, num_classes=10, key=jax.random.key(0)))
-        for name in ("resnet50", "mobilenetv2")
-    )
-    theirs, ours = (output_shapes(network, (32, 32, 3), batch_size=BATCH) for network in (teacher, student))
+    theirs, ours = shapes("resnet50"), shapes("mobilenetv2")
     objective = build_objective(config_of(method), 240)
     preflight.check_projections(objective, ours, theirs)
     preflight.check_terms(objective, ours, theirs, (32, 32, 3))

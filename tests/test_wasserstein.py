@@ -350,7 +350,7 @@ gaussian_and_gradient = jax.jit(jax.value_and_grad(lambda x, y: gj.gaussian_wass
 sliced_and_gradient = jax.jit(jax.value_and_grad(lambda x, y: gj.sliced_wasserstein(x, y, key=KEY).sum()))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_give_finite_values_and_gradients(name, dtype):
     x, y = (jnp.asarray(cloud, dtype)[None] for cloud in EXTREMES[name])  # a batch of one
