@@ -70,6 +70,10 @@ CASES = [(conv, reference, {}, geometry) for geometry in GEOMETRIES]
 CASES += [(depthwise_conv, depthwise_reference, DEPTHWISE, geometry) for geometry in DEPTHWISE_GEOMETRIES]
 CASES += [(conv, reference, WINOGRAD, geometry) for geometry in WINOGRAD_GEOMETRIES]
 cases = pytest.mark.parametrize(("function", "expected", "sizes", "geometry"), CASES)
+# Second order takes long to compile; these have every stride, every kind of padding and every rule.
+some_cases = pytest.mark.parametrize(
+    ("function", "expected", "sizes", "geometry"), [CASES[i] for i in (0, 2, 5, 6, 8, 12, 15)]
+)
 functions = pytest.mark.parametrize(
     ("function", "sizes", "geometry"),
     [(conv, {}, GEOMETRIES[1]), (depthwise_conv, DEPTHWISE, GEOMETRIES[1]), (conv, WINOGRAD, WINOGRAD_GEOMETRIES[1])],
@@ -133,7 +137,7 @@ def gradients(f, x, w, order):
     return result
 
 
-@cases
+@some_cases
 def test_first_and_second_derivatives_in_any_sequence(function, expected, sizes, geometry):
     image, kernel, strides, padding = geometry
     with jax.enable_x64(True):
@@ -188,16 +192,17 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
 @functions
-def test_second_order_in_every_context(function, sizes, geometry, context):
+def test_second_order_in_every_context(function, sizes, geometry):
     image, kernel, strides, padding = geometry
     with jax.enable_x64(True):
         x, w = map(jnp.asarray, draw(image, kernel, **sizes))
         ours = input_gradient_penalty(lambda x, w: function(x, w, strides=strides, padding=padding))
         theirs = input_gradient_penalty(lambda x, w: stock(x, w, strides, padding))
-        got = jax.jit(lambda w, x: CONTEXTS[context](ours, w, x))(w, x)
-        np.testing.assert_allclose(got, jax.jit(theirs)(w, x), rtol=1e-10, atol=1e-10)
+        got = jax.jit(lambda w, x: {name: context(ours, w, x) for name, context in CONTEXTS.items()})(w, x)
+        want = jax.jit(theirs)(w, x)
+        for name in CONTEXTS:
+            np.testing.assert_allclose(got[name], want, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
 @functions

@@ -100,7 +100,7 @@ def test_mobilenetv2_stems_on_small_images():
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet50", "mobilenetv2"])
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (33, 4)])
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (33, 4)])
 def test_other_image_sizes(name, size, channels):
     outputs = shapes(abstract(name, in_channels=channels), size=size, channels=channels, train=True)
     assert outputs.logits.shape == (2, 100)
@@ -453,7 +453,7 @@ def zero_offsets(network, images):
 
 
 # in training mode the small one alone: the other takes XLA half a minute there
-@pytest.mark.parametrize(("name", "train"), [("resnet8", False), ("resnet8", True), ("mobilenetv2", False)])
+@pytest.mark.parametrize(("name", "train"), [("resnet8", True), ("mobilenetv2", False)])
 def test_gradients_at_every_stage(name, train):
     with jax.enable_x64(True):
         network, images = small(name, classes=3, **STAGED[name])
