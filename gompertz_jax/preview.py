@@ -1,0 +1,200 @@
+"""What the schedules of a config will do, told and drawn before anything is trained."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .schedules import ByProgress
+from .training.config import Config, check
+from .training.objectives import build_objective, parse_schedule, sampled
+from .training.optim import learning_rate
+
+# Schedules are functions of the fraction of training: how many steps an epoch has only says how finely they are read.
+STEPS_PER_EPOCH = 100
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
+
+
+class Reading(NamedTuple):
+    """A schedule in numbers.
+
+    Attributes:
+      corners: values at 0, 25, 50, 75 and 100 % of training.
+      area: the mean over all steps; what a control is to have, too.
+      weighted_area: the mean weighted by the learning rate: what is done late, at small rates, counts less.
+      direction: "constant", "rises", "falls" or "turns".
+      steepest: fraction of training at which it changes fastest, for a Gompertz curve its inflection; None where it
+        changes equally fast over a stretch, or fastest at an end.
+    """
+
+    corners: tuple[float, ...]
+    area: float
+    weighted_area: float
+    direction: str
+    steepest: float | None
+
+
+def read(values: np.ndarray, rates: np.ndarray) -> Reading:
+    """What a schedule does, from its value and the learning rate at every step."""
+    last, change = len(values) - 1, np.diff(values)
+    noise = 1e-6 * max(np.abs(values).max(), 1e-30)  # float32 rounds
+    rises, falls = bool((change > noise).any()), bool((change < -noise).any())
+    direction = {(True, True): "turns", (True, False): "rises", (False, True): "falls"}.get((rises, falls), "constant")
+    speed = np.abs(change)
+    fastest = np.flatnonzero(speed >= speed.max() - noise) if direction != "constant" else np.array([0])
+    inner = direction != "constant" and fastest[0] > 0 and fastest[-1] < last - 1 and np.ptp(fastest) < 0.05 * last
+    return Reading(
+        corners=tuple(float(values[round(part * last)]) for part in PARTS),
+        area=float(values.mean()),
+        weighted_area=float((values * rates).sum() / rates.sum()),
+        direction=direction,
+        steepest=float(fastest.mean() + 0.5) / last if inner else None,
+    )
+
+
+class Preview(NamedTuple):
+    """All schedules of a config: values by name at every step, which of them progress drives, and what to doubt."""
+
+    values: Mapping[str, np.ndarray]
+    readings: Mapping[str, Reading]
+    by_progress: frozenset[str]
+    warnings: Sequence[str]
+
+
+def preview(config: Config, *, control: Config | None = None) -> Preview:
+    """Read every schedule of a config: the curve, each term's weight, temperatures and epsilons.
+
+    Args:
+      config: see `training.config.get_default`.
+      control: another config, whose terms of the same names should have the same area.
+
+    Returns:
+      The values and their readings, with warnings: a curve that is saturated before 5 % of training or never passes
+      half of its asymptote of 1, a rate that looks like one per epoch, an area that is not the control's.
+
+    Raises:
+      RunError: a value or a schedule of the config that a run would refuse.
+    """
+    check(config)
+    steps = config.recipe.epochs * STEPS_PER_EPOCH
+    rates = np.asarray(learning_rate(config.recipe, steps_per_epoch=STEPS_PER_EPOCH)(np.arange(steps)))
+    schedules: dict[str, Any] = {"curve": parse_schedule(config.objective.curve, steps, where="objective.curve")}
+    for term in build_objective(config, steps).terms:
+        schedules[term.name] = term.weight
+        schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
+    values = {name: sampled(schedule, steps) for name, schedule in schedules.items()}
+    readings = {name: read(value, rates) for name, value in values.items()}
+    warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs))
+    if control is not None:
+        for name, theirs in preview(control).readings.items():
+            ours = readings.get(name)
+            if ours is None:
+                warnings.append(f"{name}: only the control has it")
+                continue
+            for what, a, b in (("area", ours.area, theirs.area), ("weighted area", *_weighted(ours, theirs))):
+                if abs(a - b) > 0.01 * max(abs(a), abs(b)):
+                    warnings.append(f"{name}: {what} {a:.4g}, the control's is {b:.4g}")
+    return Preview(
+        values,
+        readings,
+        frozenset(name for name, schedule in schedules.items() if isinstance(schedule, ByProgress)),
+        warnings,
+    )
+
+
+def _weighted(ours: Reading, theirs: Reading) -> tuple[float, float]:
+    return ours.weighted_area, theirs.weighted_area
+
+
+def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int) -> Any:
+    """What is wrong with a curve more often than right."""
+    if reading.direction == "constant":
+        return
+    top = values.max()
+    early = round(EARLY * (len(values) - 1))
+    if reading.direction == "rises" and values[early] > SATURATED * top:
+        yield f"curve: {values[early] / top:.0%} of its largest value is reached before {EARLY:.0%} of training"
+    if top < HALF:
+        yield f"curve: never passes half of its asymptote of 1; its largest value is {top:.3g}"
+    for call in ast.walk(ast.parse(str(text), mode="eval")):
+        if not isinstance(call, ast.Call):
+            continue
+        for keyword in call.keywords:
+            rate = ast.literal_eval(keyword.value) if keyword.arg == "rate" else 1.0
+            if 0 < abs(rate) < 1:
+                yield (
+                    f"curve: rate = {rate:g} is counted in whole trainings; if it was meant per epoch, "
+                    f"write rate={rate * epochs:g} for {epochs} epochs"
+                )
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH, HEIGHT = 60, 8
+
+
+def as_text(shown: Preview) -> str:
+    """The pictures and the table of a preview; schedules that differ by a factor share a picture."""
+    lines = []
+    for names, values in _shapes(shown):
+        progress = " (by progress, drawn as if that went with the clock)" if names[0] in shown.by_progress else ""
+        lines += [", ".join(names) + progress, *_picture(values), ""]
+    rows = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
+    for name, reading in shown.readings.items():
+        numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
+        steepest = "" if reading.steepest is None else f"at {reading.steepest:.1%}"
+        rows.append((name, *numbers, reading.direction, steepest))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines += ["", "mean: over all steps; by rate: weighted by the learning rate"]
+    return "\n".join([*lines, *(f"warning: {text}" for text in shown.warnings)])
+
+
+def _shapes(shown: Preview) -> list[tuple[list[str], np.ndarray]]:
+    """What is worth a picture: the names of schedules of one shape, and the values of the first of them."""
+    found: list[tuple[list[str], np.ndarray]] = []
+    for name, values in shown.values.items():
+        if shown.readings[name].direction == "constant":
+            continue
+        scaled = values / np.abs(values).max()
+        for names, other in found:
+            alike = np.allclose(scaled, other / np.abs(other).max(), atol=1e-5)
+            if alike and (name in shown.by_progress) == (names[0] in shown.by_progress):
+                names.append(name)
+                break
+        else:
+            found.append(([name], values))
+    return found
+
+
+def _picture(values: np.ndarray) -> list[str]:
+    """Columns of an eighth of a line, from 0 (or the least value) to the largest."""
+    columns = values[np.linspace(0, len(values) - 1, WIDTH).round().astype(int)]
+    low, high = min(0.0, float(columns.min())), max(float(columns.max()), 1e-30)
+    eighths = np.rint((columns - low) / (high - low) * HEIGHT * 8).astype(int)
+    rows = []
+    for row in reversed(range(HEIGHT)):
+        label = f"{high:.3g}" if row == HEIGHT - 1 else f"{low:.3g}" if row == 0 else ""
+        rows.append(f"{label:>8} ┤" + "".join(BARS[min(max(count - 8 * row, 0), 8)] for count in eighths).rstrip())
+    return rows
+
+
+def plot(shown: Preview, path: Path) -> None:
+    """Draw all schedules over training into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, values in shown.values.items():
+        axes.plot(np.linspace(0, 100, len(values)), values, label=name, linestyle="--" if name == "curve" else "-")
+    axes.set(xlabel="% of training", ylabel="value", title="schedules")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,113 @@
+"""Schedules before a run: numbers in closed form, and each doubt where it belongs and nowhere else."""
+
+import numpy as np
+import pytest
+from helpers import tiny_config
+from scipy.special import exp1
+
+from gompertz_jax import preview as room
+from gompertz_jax.training.errors import RunError
+
+
+def config(curve="gompertz(displacement=5, rate=8)", **changes):
+    return tiny_config(**{"objective.curve": curve, "recipe.epochs": 40, "recipe.warmup_epochs": 0.0} | changes)
+
+
+def test_the_default_curve_is_read_in_closed_form():
+    shown = room.preview(config())
+    reading = shown.readings["curve"]
+    tau = np.array(room.PARTS)
+    np.testing.assert_allclose(reading.corners, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
+    np.testing.assert_allclose(reading.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
+    np.testing.assert_allclose(reading.steepest, np.log(5) / 8, atol=2e-3)
+    fine = (np.arange(100_000) + 0.5) / 100_000
+    rate = 1 + np.cos(np.pi * fine)
+    np.testing.assert_allclose(
+        reading.weighted_area, (np.exp(-5 * np.exp(-8 * fine)) * rate).sum() / rate.sum(), atol=1e-3
+    )
+    assert reading.direction == "rises"
+    assert shown.readings["ce"].direction == "constant" and shown.readings["ce"].steepest is None
+    assert shown.readings["kd"] == reading
+    assert set(shown.values) == {
+        "curve",
+        "ce",
+        "kd",
+        "kd.temperature",
+        "wasserstein",
+        "wasserstein.epsilon",
+        "gradient",
+    }
+    assert shown.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("curve", "direction", "steepest"),
+    [
+        ("reversed(gompertz())", "falls", 1 - np.log(5) / 8),
+        ("linear(start=0, end=1)", "rises", None),
+        ("cosine(start=1, end=0)", "falls", 0.5),
+        ("logistic(midpoint=0.3)", "rises", 0.3),
+        ("gompertz(displacement=0.5)", "rises", None),  # without an inflection: steepest at the start
+        ("gompertz() * cosine(start=1, end=0)", "turns", None),
+        ("0.7", "constant", None),
+    ],
+)
+def test_direction_and_steepest_point(curve, direction, steepest):
+    reading = room.preview(config(curve)).readings["curve"]
+    assert reading.direction == direction
+    if direction != "turns":
+        assert reading.steepest == (None if steepest is None else pytest.approx(steepest, abs=3e-3))
+
+
+@pytest.mark.parametrize(
+    ("curve", "warning"),
+    [
+        ("gompertz(rate=200)", "curve: 100% of its largest value is reached before 5% of training"),
+        ("gompertz(displacement=5, rate=0.2)", "write rate=8 for 40 epochs"),
+        ("0.3 * gompertz()", "never passes half"),
+        ("0.3", None),
+        ("gompertz()", None),
+        ("matched(gompertz())", None),
+        ("linear(start=1, end=0)", None),
+    ],
+)
+def test_doubtful_curves_are_told_and_others_are_not(curve, warning):
+    warnings = room.preview(config(curve)).warnings
+    if warning is None:
+        assert warnings == []
+    else:
+        assert any(warning in text for text in warnings)
+
+
+def test_areas_are_compared_with_a_control_s():
+    gompertz, matched, constant = config(), config("matched(gompertz(displacement=5, rate=8))"), config("1")
+    terms = ("curve", "kd", "wasserstein", "gradient")
+    assert [w for w in room.preview(matched, control=gompertz).warnings if ": area" in w] == []
+    warned = room.preview(constant, control=gompertz).warnings
+    assert {w.split(":")[0] for w in warned if ": area" in w} == set(terms)
+    # of equal area, and yet not of equal area by learning rate: a late weight meets small steps
+    assert any(w.startswith("kd: weighted area") for w in room.preview(matched, control=gompertz).warnings)
+    alone = config(**{"objective.terms.gradient.weight": "0"})
+    assert "gradient: only the control has it" in room.preview(alone, control=gompertz).warnings
+
+
+def test_text_and_picture_hold_every_schedule(tmp_path):
+    shown = room.preview(config("progress(gompertz())"))
+    text = room.as_text(shown)
+    for part in ("by progress, drawn as if", "kd.temperature", "50%", "at 20.", "█"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.startswith("curve, gradient, kd, wasserstein (by")  # one shape, one picture
+    column = [line[10:] for line in text.splitlines() if "┤" in line][: room.HEIGHT]
+    heights = [sum(room.BARS.index(row[i]) for row in column if i < len(row)) for i in range(room.WIDTH)]
+    tau = np.linspace(0, 1, room.WIDTH)
+    np.testing.assert_allclose(np.array(heights) / (8 * room.HEIGHT), np.exp(-5 * np.exp(-8 * tau)), atol=0.02)
+    room.plot(shown, tmp_path / "schedules.png")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_run_would_refuse_is_refused():
+    with pytest.raises(RunError, match=r"objective\.curve"):
+        room.preview(config("gompetz()"))
+    with pytest.raises(RunError, match=r"recipe\.epochs"):
+        room.preview(config(**{"recipe.epochs": 0}))
