@@ -143,7 +143,7 @@ def as_text(shown: Preview) -> str:
     for names, values in _shapes(shown):
         progress = " (by progress, drawn as if that went with the clock)" if names[0] in shown.by_progress else ""
         lines += [", ".join(names) + progress, *_picture(values), ""]
-    rows = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
+    rows: list[tuple[str, ...]] = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
     for name, reading in shown.readings.items():
         numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
         steepest = "" if reading.steepest is None else f"at {reading.steepest:.1%}"

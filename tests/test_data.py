@@ -67,10 +67,10 @@ def test_statistics_are_of_the_training_part():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"name": "cifar-10"}, "dataset 'cifar-10' is unknown: did you mean 'cifar10'?"),
+        ({"name": "cifar-10"}, "data.name = 'cifar-10' is unknown: did you mean 'cifar10'?"),
         ({"name": "CIFAR100"}, "did you mean 'cifar100'?"),
         ({"name": "digit"}, "did you mean 'digits'?"),
-        ({"name": "imagenet"}, "choose one of 'cifar10', 'cifar100', 'digits'"),
+        ({"name": "imagenet"}, "there are 'cifar10', 'cifar100', 'digits', folder:PATH, arrays:FILE.npz"),
         ({"validation": -1}, "validation = -1: must not be negative"),
         ({"validation": 1438}, "validation = 1,438: must leave some of the 1,438 training images of digits"),
         ({"validation": 10**9}, "must leave some of the 1,438"),

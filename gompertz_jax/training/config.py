@@ -53,7 +53,8 @@ def get_default() -> Config:
             "init_from": "",
             "seed": 0,  # the student's weights, data order, augmentation; nothing of it is the teacher's, also if equal
             "data": {
-                "name": "cifar10",  # "cifar10", "cifar100", "digits"
+                "name": "cifar10",  # "cifar10", "cifar100", "digits", "folder:PATH", "arrays:FILE.npz", "tfds:NAME"
+                "image_size": 0,  # of one's own images: the side they are brought to; 0: they are of one size
                 "data_dir": "",  # where TFDS keeps data sets; "": its own default
                 "validation": 5000,  # images held out of the training set to select by; 0: none, the last step counts
                 "split_seed": 0,  # which images those are
@@ -169,13 +170,14 @@ def check_recipe(recipe: Config, where: str) -> None:
 def check(config: Config) -> None:
     """Refuse a config whose values cannot be right, before anything is loaded or computed."""
     from ..models import names
-    from .data import NAMES
+    from .data import check_name
 
     for key, value in _leaves(config.to_dict()):
         if isinstance(value, float) and not math.isfinite(value):
             raise RunError(f"{key} = {value}: must be finite")
-    if config.data.name not in NAMES:
-        raise RunError(f"data.name = {config.data.name!r} is unknown; there are {', '.join(NAMES)}")
+    check_name(config.data.name)
+    if config.data.image_size < 0:
+        raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")
     for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
         if not 0 <= seed < 2**31:
             raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")

@@ -1,6 +1,7 @@
 """Image sets in memory: training, held-out and test images as uint8, and the statistics that normalise them."""
 
 import difflib
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from . import own_data
 from .errors import DataError as DataError
 from .images import Split as Split
 
@@ -33,6 +35,7 @@ class Dataset:
       std: per channel, likewise; the population's, over all pixels.
       class_names: in the order of the labels.
       read_test: what `test` calls.
+      sha256: of the training images and labels, where they are the user's own; "" where official checksums were held.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Dataset:
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     read_test: Callable[[], Split] = field(repr=False)
+    sha256: str = ""
 
     def test(self) -> Split:
         """Read the official test images; for the end of a run, once."""
@@ -55,6 +59,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     validation: int,
     split_seed: int = 0,
+    image_size: int = 0,
     num_classes: int | None = None,
 ) -> Dataset:
     """Read the training images of a data set and hold some of them out.
@@ -62,14 +67,16 @@ def load(
     "cifar10" and "cifar100" come through TFDS, without TensorFlow (see `gompertz_jax.training.cifar` for where they are
     looked for), in the order of the official files and with the official files' checksums. "digits" is scikit-learn's
     `load_digits`: 1,797 grey images of 8x8, values 0 to 16 scaled to 0 to 255, of which a fixed fifth of each class is
-    the test set; it is always there.
+    the test set; it is always there. Images of one's own are named "folder:PATH", "arrays:FILE.npz" or "tfds:NAME": see
+    `own_data.read`.
 
     Args:
-      name: "cifar10", "cifar100" or "digits".
+      name: "cifar10", "cifar100", "digits", or one of these forms.
       data_dir: where TFDS keeps data sets; None for its default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
       validation: training images to hold out; 0 for none.
       split_seed: which ones. The choice is a function of the seed, the number of images and nothing else: it ranks the
         raw output of NumPy's PCG64, whose stream is the same on every machine and in every version.
+      image_size: side to which images of one's own are brought; 0 leaves them as they are.
       num_classes: of the network that is to be trained, to be compared with the data's; None to compare nothing.
 
     Returns:
@@ -85,15 +92,20 @@ def load(
       >>> digits.train.images.shape, len(digits.validation.labels), len(digits.test().labels)
       ((1238, 8, 8, 1), 200, 359)
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(repr, NAMES))}"
-        raise DataError(f"dataset {name!r} is unknown: {hint}")
+    check_name(name)
+    if image_size and name in NAMES:
+        raise DataError(f"image_size = {image_size}: {name} has one size; 0 leaves it as it is")
     if split_seed < 0:
         raise DataError(f"split_seed = {split_seed}: must not be negative")
     if validation < 0:
         raise DataError(f"validation = {validation}: must not be negative; 0 holds nothing out")
-    if name == "digits":
+    sha256 = ""
+    if own_data.is_own(name):
+        reader = partial(own_data.read, name, data_dir=data_dir, image_size=image_size)
+        whole, class_names = reader("train")
+        read_test = partial(_own_test, reader, whole.images.shape[1:])
+        sha256 = _sha256(whole)
+    elif name == "digits":
         whole, class_names = _digits("train"), tuple("0123456789")
         read_test = partial(_digits, "test")
     else:
@@ -123,7 +135,33 @@ def load(
         std=std,
         class_names=class_names,
         read_test=read_test,
+        sha256=sha256,
     )
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no data set's name.
+
+    Raises:
+      DataError: with the nearest name, or all of them.
+    """
+    if name in NAMES or own_data.is_own(name):
+        return
+    near = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), NAMES, n=1)
+    every = ", ".join([*map(repr, NAMES), *own_data.FORMS.values()])
+    raise DataError(
+        f"data.name = {name!r} is unknown: {f'did you mean {near[0]!r}?' if near else f'there are {every}'}"
+    )
+
+
+def _own_test(reader: Callable[..., tuple[Split, tuple[str, ...]]], shape: tuple[int, ...]) -> Split:
+    return reader("test", like=shape)[0]
+
+
+def _sha256(split: Split) -> str:
+    digest = hashlib.sha256(split.images.tobytes())
+    digest.update(split.labels.tobytes())
+    return digest.hexdigest()
 
 
 def _cifar_test(name: str, data_dir: str | os.PathLike | None) -> Split:

@@ -30,7 +30,7 @@ from .objectives import build_objective
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .stop import Stop
 from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
-from .workdir import check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
+from .workdir import check_data, check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
 from .writer import read_json, read_metrics, write_json
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
@@ -83,8 +83,10 @@ def _run(
             data_dir=config.data.data_dir or None,
             validation=config.data.validation,
             split_seed=config.data.split_seed,
+            image_size=config.data.image_size,
         )
     )
+    on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
@@ -104,7 +106,7 @@ def _run(
     student = network_from(content["student"], dataset, seed=student_seed(config.seed))
     if config.init_from:
         student = begun_from(Path(config.init_from).expanduser(), student)
-    on_main(lambda: claim_workdir(workdir, content))
+    on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
     changes = on_main(lambda: evaluation_changes(workdir, content))
     if changes:
         say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
@@ -128,6 +130,7 @@ def _run(
     )
     result = {
         "dataset": dataset.name,
+        **({"data_sha256": dataset.sha256} if dataset.sha256 else {}),
         "teacher": teacher.name if teacher else None,
         "student": config.student.model,
         "seed": config.seed,

@@ -19,7 +19,7 @@ from .errors import RunError
 from .sharding import on_main, say
 from .writer import read_json, write_json, writing
 
-CONFIG, LOCK = "config.json", "lock"
+CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
 
 
 def frozen(config: Config) -> dict[str, Any]:
@@ -59,8 +59,28 @@ def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
     return differing_keys(old, new, without=())
 
 
-def claim_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
-    """Freeze the config of a run into its workdir, at its first start."""
+def check_data(workdir: Path, name: str, sha256: str) -> None:
+    """Refuse to go on with images other than those that a run began with.
+
+    Args:
+      workdir: the run's.
+      name: the data set's, for the message.
+      sha256: of its training images and labels; "" for sets that are held to official checksums.
+
+    Raises:
+      RunError: they differ.
+    """
+    if (workdir / DATA).exists() and (before := read_json(workdir / DATA)["sha256"]) != sha256:
+        raise RunError(
+            f"the training images of {name} (sha256 {sha256[:12]}...) are not those that the run in {workdir} began "
+            f"with ({before[:12]}...); restore them, or choose another --workdir"
+        )
+
+
+def claim_workdir(workdir: Path, content: Mapping[str, Any], data_sha256: str = "") -> None:
+    """Freeze the config of a run into its workdir, and the checksum of its own images, at its first start."""
+    if data_sha256 and not (workdir / DATA).exists():
+        write_json(workdir / DATA, {"sha256": data_sha256})
     if not (workdir / CONFIG).exists():
         write_json(workdir / CONFIG, content)
 

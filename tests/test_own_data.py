@@ -1,0 +1,226 @@
+"""Images of one's own: three ways to the same run, and what is wrong with a set told by name before anything starts."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from helpers import ROOT, small_config
+from PIL import Image
+
+from gompertz_jax.training import loop, own_data
+from gompertz_jax.training.data import load
+from gompertz_jax.training.errors import DataError, RunError
+
+CLASSES, SHAPE, COUNTS = ("ash", "beech", "cedar"), (12, 10, 3), {"train": 60, "test": 30}
+
+
+def split(part):
+    rng = np.random.default_rng(len(part))
+    labels = np.sort(np.arange(COUNTS[part], dtype=np.int32) % len(CLASSES))
+    return rng.integers(0, 256, (len(labels), *SHAPE), np.uint8), labels
+
+
+class Trees(tfds.core.GeneratorBasedBuilder):
+    """The same images as a TFDS data set."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=SHAPE), "label": tfds.features.ClassLabel(names=CLASSES)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {part: self._generate_examples(part) for part in COUNTS}
+
+    def _generate_examples(self, part):
+        for index, (image, label) in enumerate(zip(*split(part), strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            yield index, {"image": png.getvalue(), "label": int(label)}
+
+
+def write_folder(root):
+    for part in COUNTS:
+        for index, (image, label) in enumerate(zip(*split(part), strict=True)):
+            path = root / part / CLASSES[label] / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return f"folder:{root}"
+
+
+def arrays():
+    parts = {part: split(part) for part in COUNTS}
+    return {f"{part}_{what}": pair[i] for part, pair in parts.items() for i, what in enumerate(("images", "labels"))}
+
+
+def write_arrays(path, **changes):
+    content = {**arrays(), "class_names": np.array(CLASSES), **changes}
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+    return f"arrays:{path}"
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own")
+    return {
+        "folder": (write_folder(root / "trees"), None),
+        "arrays": (write_arrays(root / "trees.npz"), None),
+        "tfds": ("tfds:trees", root / "tfds"),
+    }
+
+
+@pytest.mark.parametrize("form", own_data.FORMS)
+def test_every_form_gives_the_images_labels_and_classes(names, form):
+    name, data_dir = names[form]
+    data = load(name, data_dir=data_dir, validation=0)
+    images, labels = split("train")
+    order = np.lexsort((*data.train.images.reshape(len(labels), -1).T[:3], data.train.labels))
+    expected = np.lexsort((*images.reshape(len(labels), -1).T[:3], labels))
+    if form != "tfds":  # which shuffles when it prepares
+        np.testing.assert_array_equal(data.train.images, images)
+    np.testing.assert_array_equal(data.train.images[order], images[expected])
+    np.testing.assert_array_equal(data.train.labels[order], labels[expected])
+    assert data.class_names == CLASSES and data.num_classes == 3
+    np.testing.assert_allclose(data.mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
+    assert data.test().images.shape == (30, *SHAPE)
+
+
+def run(name, workdir, **changes):
+    config = small_config(
+        **{
+            "data.name": name, "data.validation": 6, "recipe.batch_size": 18, "recipe.epochs": 1,
+            "objective.terms.kd.weight": "0",
+        }
+        | changes
+    )  # fmt: skip
+    return loop.train_and_evaluate(config, workdir)
+
+
+def test_a_run_is_the_same_from_a_folder_and_from_arrays_and_remembers_its_images(names, tmp_path):
+    path = tmp_path / "mine.npz"
+    results = [
+        run(name, tmp_path / form) for form, name in (("folder", names["folder"][0]), ("arrays", write_arrays(path)))
+    ]
+    assert results[0]["test_accuracy_last"] == results[1]["test_accuracy_last"]
+    assert results[0]["data_sha256"] == results[1]["data_sha256"]
+    lines = [(tmp_path / form / "metrics.jsonl").read_text() for form in ("folder", "arrays")]
+    losses = [re.findall(r'"loss": [^,]+', text) for text in lines]
+    assert losses[0] == losses[1] and len(losses[0]) >= 3
+    (tmp_path / "arrays" / "result.json").unlink()
+    write_arrays(path, train_images=255 - arrays()["train_images"])
+    with pytest.raises(RunError, match=r"are not those that the run in .* began with"):
+        run(f"arrays:{path}", tmp_path / "arrays")
+
+
+def test_a_run_from_tfds(names, tmp_path):
+    name, data_dir = names["tfds"]
+    assert run(name, tmp_path / "run", **{"data.data_dir": str(data_dir)})["dataset"] == "tfds:trees"
+
+
+def test_the_page_s_arrays_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
+    exec(code, {})
+    data = load("arrays:mine.npz", validation=10)
+    assert data.class_names == ("a", "b", "c") and len(data.train.labels) == 50
+
+
+def test_sizes_are_brought_to_one_and_grey_stays_grey(tmp_path):
+    for part in COUNTS:
+        for index, size in enumerate([(20, 30), (40, 16), (16, 16)]):
+            path = tmp_path / part / "one" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", size, 100).save(path)
+    with pytest.raises(DataError, match=r"0\.png is 30x20, .*1\.png is 16x40 .*set data\.image_size"):
+        load(f"folder:{tmp_path}", validation=0)
+    data = load(f"folder:{tmp_path}", validation=0, image_size=16)
+    assert data.train.images.shape == (3, 16, 16, 1)
+    assert (data.train.images == 100).all()
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "test" / "one" / "3.png")
+    assert data.test().images.shape == (4, 16, 16, 1)
+
+
+def test_images_that_cannot_be_read_are_listed_by_name(tmp_path):
+    write_folder(tmp_path)
+    whole = tmp_path / "train" / "ash" / "000.png"
+    (tmp_path / "train" / "ash" / "note.txt").write_text("not an image")
+    (tmp_path / "train" / "beech" / "cut.png").write_bytes(whole.read_bytes()[:200])
+    Image.fromarray(np.zeros((12, 10), np.uint16)).save(tmp_path / "train" / "cedar" / "deep.png")
+    with pytest.raises(DataError) as told:
+        load(f"folder:{tmp_path}", validation=0)
+    for name in ("note.txt (not an image", "cut.png (", "deep.png (of mode I;16"):
+        assert name in str(told.value)
+    assert "000.png" not in str(told.value)
+
+
+def remove(path):
+    for file in sorted(path.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda root: remove(root / "test"), r"there is no .*test; images are expected as test/CLASS/IMAGE"),
+        (lambda root: [remove(root / "train" / name) for name in CLASSES], "holds no folder of a class"),
+        (lambda root: (root / "test" / "oak").mkdir(), "has classes that .* lacks: oak"),
+    ],
+    ids=["no test", "no class", "a class of the test alone"],
+)
+def test_folders_that_lack_something(tmp_path, harm, message):
+    write_folder(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load(f"folder:{tmp_path}", validation=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": None}, "lacks test_labels; it has train_images"),
+        ({"train_images": np.zeros((60, *SHAPE), np.float32)}, "train_images is float32 .*must be uint8"),
+        ({"train_images": np.zeros((60, 12), np.uint8)}, r"of shape \(60, 12\)"),
+        ({"train_labels": np.zeros((60, 3), np.int64)}, r"train_labels is int64 of shape \(60, 3\)"),
+        ({"train_labels": np.zeros(59, np.int64)}, "60 train_images and 59 train_labels"),
+        ({"train_labels": np.full(60, 7)}, "label 7 of example 0 is not one of 3 classes"),
+        ({"class_names": np.arange(3)}, "class_names is int64"),
+        ({"train_labels": np.array([{}] * 60, object)}, "cannot be read"),
+    ],
+)
+def test_arrays_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        load(write_arrays(tmp_path / "mine.npz", **changes), validation=0)
+
+
+def test_files_that_are_none_and_test_images_of_another_size(tmp_path):
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    for name in ("torn.npz", "nowhere.npz"):
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            load(f"arrays:{tmp_path / name}", validation=0)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"is one array; np\.savez"):
+        load(f"arrays:{tmp_path / 'one.npy'}", validation=0)
+    data = load(write_arrays(tmp_path / "mine.npz", test_images=np.zeros((30, 8, 8, 3), np.uint8)), validation=0)
+    with pytest.raises(DataError, match="the split 'test' are 8x8x3, the others 12x10x3"):
+        data.test()
+
+
+def test_tfds_sets_that_are_not_there_or_have_no_classes(tmp_path):
+    with pytest.raises(DataError, match="tfds:no_such_set: "):
+        load("tfds:no_such_set", data_dir=tmp_path, validation=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar-10", "did you mean 'cifar10'"),
+        ("folder:", "there are 'cifar10', 'cifar100', 'digits', folder:PATH, arrays:FILE.npz, tfds:NAME"),
+        ("imagenet", "is unknown"),
+    ],
+)
+def test_names_that_are_none(name, message):
+    with pytest.raises(DataError, match=message):
+        load(name, validation=0)
