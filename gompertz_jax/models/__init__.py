@@ -21,6 +21,9 @@ from ..network import Network, Outputs, PyTree
 from .layers import Draws
 from .mobilenet import MobileNetV2
 from .resnet import BasicBlock, Bottleneck, ResNet
+from .shufflenet import ShuffleNet
+from .vgg import VGG
+from .wrn import WideResNet
 
 
 class _Recipe(NamedTuple):
@@ -45,6 +48,15 @@ _RECIPES: dict[str, _Recipe] = {
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _wide(Bottleneck, (3, 4, 6, 3)),
     "mobilenetv2": _Recipe(MobileNetV2, {"width": 0.5, "stem": "strided"}),
+    **{
+        f"wrn_{depth}_{widen}": _Recipe(functools.partial(WideResNet, depth, widen))
+        for depth in (16, 40)
+        for widen in (1, 2)
+    },
+    "vgg8": _Recipe(functools.partial(VGG, (1, 1, 1, 1, 1))),
+    "vgg13": _Recipe(functools.partial(VGG, (2, 2, 2, 2, 2))),
+    "shufflenetv1": _Recipe(functools.partial(ShuffleNet, 1)),
+    "shufflenetv2": _Recipe(functools.partial(ShuffleNet, 2)),
 }
 
 
@@ -68,25 +80,33 @@ def create(
 
     Parameters (scale and bias of normalisation included) at 100 classes, and maps `channels@size` of a 32x32 image:
 
-    | name          | parameters | maps                                          |
-    |---------------|-----------:|-----------------------------------------------|
-    | `resnet8`     |     83,892 | 16@32, 16@32, 32@16, 64@8                     |
-    | `resnet14`    |    181,108 | as resnet8                                    |
-    | `resnet20`    |    278,324 | as resnet8                                    |
-    | `resnet32`    |    472,756 | as resnet8                                    |
-    | `resnet44`    |    667,188 | as resnet8                                    |
-    | `resnet56`    |    861,620 | as resnet8                                    |
-    | `resnet110`   |  1,736,564 | as resnet8                                    |
-    | `resnet8x4`   |  1,233,540 | 32@32, 64@32, 128@16, 256@8                   |
-    | `resnet32x4`  |  7,433,860 | as resnet8x4                                  |
-    | `resnet18`    | 11,220,132 | 64@32, 64@32, 128@16, 256@8, 512@4            |
-    | `resnet34`    | 21,328,292 | as resnet18                                   |
-    | `resnet50`    | 23,705,252 | 64@32, 256@32, 512@16, 1024@8, 2048@4         |
-    | `mobilenetv2` |    812,836 | 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2       |
+    | name           | parameters | maps                                          |
+    |----------------|-----------:|-----------------------------------------------|
+    | `resnet8`      |     83,892 | 16@32, 16@32, 32@16, 64@8                     |
+    | `resnet14`     |    181,108 | as resnet8                                    |
+    | `resnet20`     |    278,324 | as resnet8                                    |
+    | `resnet32`     |    472,756 | as resnet8                                    |
+    | `resnet44`     |    667,188 | as resnet8                                    |
+    | `resnet56`     |    861,620 | as resnet8                                    |
+    | `resnet110`    |  1,736,564 | as resnet8                                    |
+    | `resnet8x4`    |  1,233,540 | 32@32, 64@32, 128@16, 256@8                   |
+    | `resnet32x4`   |  7,433,860 | as resnet8x4                                  |
+    | `resnet18`     | 11,220,132 | 64@32, 64@32, 128@16, 256@8, 512@4            |
+    | `resnet34`     | 21,328,292 | as resnet18                                   |
+    | `resnet50`     | 23,705,252 | 64@32, 256@32, 512@16, 1024@8, 2048@4         |
+    | `mobilenetv2`  |    812,836 | 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2       |
+    | `wrn_16_1`     |    180,916 | 16@32, 16@32, 32@16, 64@8                     |
+    | `wrn_16_2`     |    703,284 | 16@32, 32@32, 64@16, 128@8                    |
+    | `wrn_40_1`     |    569,780 | as wrn_16_1                                   |
+    | `wrn_40_2`     |  2,255,156 | as wrn_16_2                                   |
+    | `vgg8`         |  3,965,028 | 64@32, 128@16, 256@8, 512@4, 512@4            |
+    | `vgg13`        |  9,462,180 | as vgg8                                       |
+    | `shufflenetv1` |    949,258 | 24@32, 240@16, 480@8, 960@4                   |
+    | `shufflenetv2` |  1,355,528 | 24@32, 116@16, 232@8, 464@4, 1024@4           |
 
-    Any height and width will do. Parameters and statistics are float32 in plain nested dicts; `dtype` is that of the
-    arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at least float32
-    (and that a float32 network computes in float64 for float64 images). Networks of one name and the same options
+    Any height and width will do (VGG: from 8x8). Parameters and statistics are float32 in plain nested dicts; `dtype`
+    is that of the arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at
+    least float32 (and that a float32 network computes in float64 for float64 images). Networks of one name and the same options
     share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at a stage.
 
     Args:
