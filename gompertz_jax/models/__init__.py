@@ -7,7 +7,10 @@ the ways to call an NNX module, and leaves optimisers and checkpoints nothing bu
 
 import difflib
 import functools
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +20,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
 from .layers import Draws
 from .mobilenet import MobileNetV2
@@ -24,6 +28,8 @@ from .resnet import BasicBlock, Bottleneck, ResNet
 from .shufflenet import ShuffleNet
 from .vgg import VGG
 from .wrn import WideResNet
+
+CARD, ARRAYS = "network.json", "network"  # of a directory that `load` reads
 
 
 class _Recipe(NamedTuple):
@@ -106,8 +112,9 @@ def create(
 
     Any height and width will do (VGG: from 8x8). Parameters and statistics are float32 in plain nested dicts; `dtype`
     is that of the arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at
-    least float32 (and that a float32 network computes in float64 for float64 images). Networks of one name and the same options
-    share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at a stage.
+    least float32 (and that a float32 network computes in float64 for float64 images). Networks of one name and the same
+    options share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at
+    a stage.
 
     Args:
       name: one of `names()`.
@@ -164,6 +171,74 @@ def create(
         raise ValueError(f"std must be positive, got {std.tolist()}")
     params, stats = init(key)
     return Network(apply, params, stats, jnp.asarray(mean), jnp.asarray(std))
+
+
+def from_card(card: Mapping[str, Any]) -> Network:
+    """The network that a card describes, as shapes: nothing is drawn or compiled.
+
+    Args:
+      card: `model`, `options`, `dtype`, `num_classes`, `in_channels`, `mean` and `std`, as in a `network.json`.
+
+    Returns:
+      A Network of `jax.ShapeDtypeStruct`s with its normalisation as NumPy arrays.
+
+    Raises:
+      ValueError: a key is missing, or `create` refuses what it says.
+    """
+    try:
+        shapes = jax.eval_shape(
+            lambda key: create(
+                card["model"],
+                num_classes=card["num_classes"],
+                key=key,
+                dtype=card["dtype"],
+                in_channels=card["in_channels"],
+                mean=tuple(card["mean"]),
+                std=tuple(card["std"]),
+                **card["options"],
+            ),
+            jax.random.key(0),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the card lacks a key, or one has a value of the wrong kind: {error}") from error
+    return shapes.replace(mean=np.asarray(card["mean"], np.float32), std=np.asarray(card["std"], np.float32))
+
+
+def load(directory: str | os.PathLike[str]) -> Network:
+    """A network that was trained or imported: what `config.teacher.dir` takes, in your own code.
+
+    Args:
+      directory: a finished run's workdir, its `teacher` folder, or what `gompertz-jax import-torch` wrote.
+
+    Returns:
+      A Network with its own normalisation, on the default device.
+
+    Raises:
+      ValueError: no network is there, it is damaged, or it does not fit its card.
+    """
+    from orbax.checkpoint import v1  # takes longer to import than all of this package
+
+    directory = Path(directory).expanduser().absolute()
+    if not (directory / CARD).is_file():
+        raise ValueError(f"{directory} holds no network (no {CARD})")
+    try:
+        card = json.loads((directory / CARD).read_text())
+        shapes = from_card(card)
+    except ValueError as error:
+        raise ValueError(f"{directory / CARD} describes no known network: {error}") from error
+    if reason := fault(directory / ARRAYS):
+        raise ValueError(f"{directory / ARRAYS} is damaged: {reason}; restore it from a copy, with its {SUMS}")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        {"params": shapes.params, "stats": shapes.stats},
+    )
+    read: Any = v1.load
+    try:
+        arrays = read(directory / ARRAYS, template)
+    except Exception as error:  # Orbax has no class of its own for what does not fit
+        raise ValueError(f"{directory / ARRAYS} does not fit its card: {error}") from error
+    return shapes.replace(**arrays, mean=jnp.asarray(shapes.mean), std=jnp.asarray(shapes.std))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Checkpoints of a run and finished networks on disk: the only file that knows Orbax.
+"""Checkpoints of a run and finished networks on disk: the only file of the shell that knows Orbax.
 
 With several processes all of them call everything here, at the same place of the program; the directories are shared.
 """
@@ -16,9 +16,10 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint import v1
 
 from ..data_parallel import COPIED
+from ..intact import SUMS, fault, sealed
 from ..network import PyTree
 from .errors import RunError
-from .intact import SUMS, fault, seal, sealed, set_aside
+from .intact import seal, set_aside
 from .sharding import data_mesh, is_main, on_main, say
 from .writer import read_json, write_json, writing
 

@@ -1,0 +1,73 @@
+"""`gompertz-jax`: what is done with networks before and after a run. Runs themselves are `train.py`."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand; what its user can change is told in one line."""
+    parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_import_torch(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _add_import_torch(commands: Any) -> None:
+    parser = commands.add_parser("import-torch", help="a PyTorch checkpoint -> a directory for --config.teacher.dir")
+    parser.add_argument("file", type=Path, help=".pth, .pt or .safetensors; nothing in it is executed")
+    parser.add_argument("--model", required=True, help="its name here, for instance resnet56")
+    parser.add_argument("--out", required=True, type=Path, help="the directory to write; must not hold a network")
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=float, nargs="+", help="per channel, of images in [0, 1]")
+    parser.add_argument("--dtype", default="float32", help="of the arithmetic: float32 or bfloat16")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the model, for instance stem=cifar"
+    )
+    parser.set_defaults(run=_import_torch)
+
+
+def _import_torch(parsed: argparse.Namespace) -> None:
+    from .models import CARD, tensor_files, torch_layouts
+    from .training.teacher import save_network
+
+    if (parsed.out / CARD).exists():
+        raise ValueError(f"{parsed.out} holds a network already; give another --out")
+    options = {}
+    for option in parsed.option:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"--option {option}: is written KEY=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    imported = torch_layouts.from_state_dict(
+        tensor_files.read_state_dict(parsed.file),
+        parsed.model,
+        mean=parsed.mean,
+        std=parsed.std,
+        dtype=parsed.dtype,
+        **options,
+    )
+    with parsed.file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    source = {"file": parsed.file.name, "sha256": digest, "layout": imported.layout}
+    save_network(parsed.out, imported.network, imported.card | {"dataset": None, "imported": source})
+    print(
+        f"{parsed.model} of {imported.card['num_classes']} classes, layout of {imported.layout}, "
+        f"mean {imported.card['mean']}, std {imported.card['std']}\n"
+        f"written to {parsed.out}: teach with --config.teacher.dir={parsed.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
