@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_import_torch(commands)
+    _add_export(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -66,6 +67,35 @@ def _import_torch(parsed: argparse.Namespace) -> None:
         f"{parsed.model} of {imported.card['num_classes']} classes, layout of {imported.layout}, "
         f"mean {imported.card['mean']}, std {imported.card['std']}\n"
         f"written to {parsed.out}: teach with --config.teacher.dir={parsed.out}"
+    )
+
+
+def _add_export(commands: Any) -> None:
+    from .export import FORMATS
+
+    parser = commands.add_parser("export", help="the student of a run, alone, with a card")
+    parser.add_argument("workdir", type=Path, help="of a run, which may still be going")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--step", type=int, help="of a checkpoint; default: the selected network, or the newest")
+    parser.add_argument("--out", type=Path, help="the directory to write; default WORKDIR/export/FORMAT-STEP")
+    parser.add_argument("--fold-normalisation", action="store_true", help="stablehlo: take images in [0, 1]")
+    parser.set_defaults(run=_export)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from .export import export_student
+
+    out = export_student(
+        parsed.workdir,
+        parsed.out,
+        format=parsed.format,
+        step=parsed.step,
+        fold_normalisation=parsed.fold_normalisation,
+    )
+    compared = json.loads((out / "card.json").read_text())["compared"]
+    print(
+        f"written to {out}; read again, its logits on {compared['images']} images differ by "
+        f"{compared['largest_difference_relative_to_largest_logit']:.1e} of the largest"
     )
 
 
