@@ -18,6 +18,7 @@ NUMERICAL = {"jax", "jaxtyping", "numpy", "optax", "ott"}
 RULES = {
     "_numerics": (NUMERICAL, set()),
     "schedules": (NUMERICAL, {"_numerics"}),
+    "intact": (set(), set()),
     "losses": (NUMERICAL, {"_numerics", "losses"}),
     "network": (NUMERICAL, {"_numerics"}),
     "record": (NUMERICAL, {"network"}),
@@ -29,7 +30,7 @@ RULES = {
         NUMERICAL,
         {"_numerics", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules"},
     ),
-    "models": (None, {"_numerics", "network", "models"}),
+    "models": (None, {"_numerics", "intact", "network", "models"}),
 }
 
 

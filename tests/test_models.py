@@ -8,13 +8,22 @@ from flax import nnx
 from scipy import signal
 
 import gompertz_jax as gj
-from gompertz_jax.models.layers import BatchNorm, Draws, Linear
+from gompertz_jax.models.layers import (
+    BatchNorm,
+    Draws,
+    GroupedPointwise,
+    Linear,
+    channel_shuffle,
+    max_pool_2x2,
+    mean_pool_3x3,
+)
 from gompertz_jax.models.mobilenet import InvertedResidual
 
 THIN = ["16@32", "16@32", "32@16", "64@8"]
 THIN_X4 = ["32@32", "64@32", "128@16", "256@8"]
 WIDE = ["64@32", "64@32", "128@16", "256@8", "512@4"]
 BOTTLENECK = ["64@32", "256@32", "512@16", "1024@8", "2048@4"]
+VGG = ["64@32", "128@16", "256@8", "512@4", "512@4"]
 
 # name -> parameters at 100 classes as published or as counted by PyTorch, maps of a 32x32 image, pooled
 NETWORKS = {
@@ -31,6 +40,14 @@ NETWORKS = {
     "resnet34": (21_328_292, WIDE, 512),
     "resnet50": (23_705_252, BOTTLENECK, 2048),
     "mobilenetv2": (812_836, ["16@16", "12@16", "16@8", "48@4", "160@2", "1280@2"], 1280),
+    "wrn_16_1": (180_916, THIN, 64),
+    "wrn_16_2": (703_284, ["16@32", "32@32", "64@16", "128@8"], 128),
+    "wrn_40_1": (569_780, THIN, 64),
+    "wrn_40_2": (2_255_156, ["16@32", "32@32", "64@16", "128@8"], 128),
+    "vgg8": (3_965_028, VGG, 512),
+    "vgg13": (9_462_180, VGG, 512),
+    "shufflenetv1": (949_258, ["24@32", "240@16", "480@8", "960@4"], 960),
+    "shufflenetv2": (1_355_528, ["24@32", "116@16", "232@8", "464@4", "1024@4"], 1024),
 }
 
 
@@ -104,6 +121,13 @@ def test_mobilenetv2_stems_on_small_images():
 def test_other_image_sizes(name, size, channels):
     outputs = shapes(abstract(name, in_channels=channels), size=size, channels=channels, train=True)
     assert outputs.logits.shape == (2, 100)
+
+
+@pytest.mark.parametrize("name", ["wrn_16_1", "vgg8", "shufflenetv1", "shufflenetv2"])
+def test_odd_images_in_bfloat16(name):
+    outputs = shapes(abstract(name, in_channels=4, dtype=jnp.bfloat16), size=33, channels=4, train=True)
+    assert {feature.dtype for feature in outputs.features} == {jnp.dtype(jnp.bfloat16)}
+    assert outputs.logits.dtype == outputs.pooled.dtype == jnp.float32
 
 
 # An independent forward pass in NumPy, float64.
@@ -194,6 +218,28 @@ def test_inverted_residual_is_the_numpy_block(stride, filters, relu6):
         want = np_conv_norm(hidden, p["project"], s["project"], False)
         want = want + x if stride == 1 and filters == 3 else want
         np.testing.assert_allclose(jax.jit(lambda x: block(x, train=False))(x), want, rtol=1e-10, atol=1e-12)
+
+
+def test_vgg_halves_large_images_once_more_and_refuses_the_smallest():
+    assert shapes(abstract("vgg8"), size=64).features[-1].shape[1:3] == (4, 4)
+    with pytest.raises(ValueError, match="images must be at least 8x8 for VGG, got 7x7"):
+        shapes(abstract("vgg8"), size=7)
+
+
+def test_pools_groups_and_shuffles_are_the_numpy_ones():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2, 5, 7, 6)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), (1, 2))[:, ::2, ::2]
+    np.testing.assert_array_equal(max_pool_2x2(jnp.asarray(x)), windows.max((-1, -2)))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
+    np.testing.assert_allclose(mean_pool_3x3(jnp.asarray(x)), windows.sum((-1, -2)) / 9, rtol=1e-5, atol=1e-6)
+    # channel 0 1 2 | 3 4 5 in two groups -> 0 3 1 4 2 5
+    np.testing.assert_array_equal(channel_shuffle(jnp.asarray(x), 2), x[..., [0, 3, 1, 4, 2, 5]])
+    layer = GroupedPointwise(6, 9, 3, draws=Draws(jnp.asarray(generator.normal(size=18), jnp.float32)))
+    kernel = np.asarray(layer.kernel[0, 0])
+    want = np.concatenate([x[..., 2 * g : 2 * g + 2] @ kernel[:, 3 * g : 3 * g + 3] for g in range(3)], -1)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_max_pool_of_the_imagenet_stem():
@@ -524,9 +570,10 @@ def test_second_order_at_a_stage_inside_scan_agrees_with_finite_differences():
             assert np.isfinite(leaf).all() and (leaf[1].any() or path[-1].key == "bias"), path
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize("name", [*STAGED, "wrn_16_1", "vgg8", "shufflenetv2"])
 def test_offsets_trace_one_addition_each_and_none_where_there_are_none(name):
-    network, images = small(name, **STAGED[name])
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    network = abstract(name, **STAGED.get(name, {}))
     zeros = zero_offsets(network, images)
 
     def program(**options):

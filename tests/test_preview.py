@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import ROOT, tiny_config
 from scipy.special import exp1
 
+from gompertz_jax import cli
 from gompertz_jax import preview as room
 from gompertz_jax.training.errors import RunError
 
@@ -111,3 +112,32 @@ def test_what_a_run_would_refuse_is_refused():
         room.preview(config("gompetz()"))
     with pytest.raises(RunError, match=r"recipe\.epochs"):
         room.preview(config(**{"recipe.epochs": 0}))
+
+
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def test_the_command_takes_a_config_file_and_changes(tmp_path, capsys):
+    picture = tmp_path / "schedules.png"
+    cli.main(["preview", f"--config={DIGITS}", "--config.objective.curve=gompertz(rate=0.2)", f"--png={picture}"])
+    out = capsys.readouterr().out
+    assert "write rate=12 for 60 epochs" in out and "wasserstein.epsilon" in out
+    assert picture.exists()
+    cli.main(["preview", "--config", DIGITS, "--control", DIGITS])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=nowhere.py"], "nowhere.py"),
+        ([f"--config={DIGITS}", "--config.recipe.epoch=3"], 'Did you mean "epochs"'),
+        ([f"--config={DIGITS}", "--config.recipe.epochs=many"], "recipe.epochs"),
+        ([f"--config={DIGITS}", "stray"], "unexpected argument 'stray'"),
+        ([f"--config={DIGITS}", "--config.objective.curve=gompetz()"], "objective.curve = 'gompetz()'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["preview", *arguments])
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)

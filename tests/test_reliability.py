@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from helpers import ROOT, differences, small_config
 
+from gompertz_jax.intact import fault
 from gompertz_jax.training import loop
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.intact import fault
 from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.workdir import sole_use
 

@@ -55,12 +55,13 @@ def test_a_broken_or_weak_teacher_is_refused(teacher, floor, message):
 
 def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
     network = room.network_from(SPEC, dataset(), seed=3)
-    room.save_network(tmp_path, network, SPEC, dataset())
+    room.save_network(tmp_path, network, room.network_card(SPEC, dataset()))
     loaded = room.load_network(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.stats), (network.params, network.stats))
     images = jnp.linspace(0, 1, 2 * 64).reshape(2, 8, 8, 1)
     got, expected = (n.forward(images, train=False)[0].logits for n in (loaded, network))
     np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(gj.models.load(tmp_path).forward(images, train=False)[0].logits, expected)
     shapes = room.load_network(tmp_path, abstract=True)
     assert jax.tree.map(lambda a: a.shape, shapes.params) == jax.tree.map(lambda a: a.shape, network.params)
     np.testing.assert_allclose(shapes.mean, [0.35])
@@ -74,13 +75,23 @@ def test_fingerprints_tell_networks_apart():
 def test_what_is_no_network_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no trained network"):
         room.load_network(tmp_path)
-    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), SPEC, dataset())
+    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), room.network_card(SPEC, dataset()))
     (tmp_path / room.CARD).write_text('{"model": "resnet8"')
     with pytest.raises(RunError, match="cannot be read"):
         room.load_network(tmp_path)
     (tmp_path / room.CARD).write_text('{"model": "resnet8"}')
     with pytest.raises(RunError, match="describes no known network"):
         room.load_network(tmp_path)
+
+
+def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
+    with pytest.raises(ValueError, match="holds no network"):
+        gj.models.load(tmp_path)
+    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), room.network_card(SPEC, dataset()))
+    data = max((tmp_path / room.ARRAYS).rglob("*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"network is damaged: .* was altered or cut off"):
+        gj.models.load(tmp_path)
 
 
 def test_options_that_a_model_does_not_take_are_refused_by_name():

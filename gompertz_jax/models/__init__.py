@@ -7,7 +7,10 @@ the ways to call an NNX module, and leaves optimisers and checkpoints nothing bu
 
 import difflib
 import functools
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +20,16 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
 from .layers import Draws
 from .mobilenet import MobileNetV2
 from .resnet import BasicBlock, Bottleneck, ResNet
+from .shufflenet import ShuffleNet
+from .vgg import VGG
+from .wrn import WideResNet
+
+CARD, ARRAYS = "network.json", "network"  # of a directory that `load` reads
 
 
 class _Recipe(NamedTuple):
@@ -45,6 +54,15 @@ _RECIPES: dict[str, _Recipe] = {
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _wide(Bottleneck, (3, 4, 6, 3)),
     "mobilenetv2": _Recipe(MobileNetV2, {"width": 0.5, "stem": "strided"}),
+    **{
+        f"wrn_{depth}_{widen}": _Recipe(functools.partial(WideResNet, depth, widen))
+        for depth in (16, 40)
+        for widen in (1, 2)
+    },
+    "vgg8": _Recipe(functools.partial(VGG, (1, 1, 1, 1, 1))),
+    "vgg13": _Recipe(functools.partial(VGG, (2, 2, 2, 2, 2))),
+    "shufflenetv1": _Recipe(functools.partial(ShuffleNet, 1)),
+    "shufflenetv2": _Recipe(functools.partial(ShuffleNet, 2)),
 }
 
 
@@ -68,26 +86,35 @@ def create(
 
     Parameters (scale and bias of normalisation included) at 100 classes, and maps `channels@size` of a 32x32 image:
 
-    | name          | parameters | maps                                          |
-    |---------------|-----------:|-----------------------------------------------|
-    | `resnet8`     |     83,892 | 16@32, 16@32, 32@16, 64@8                     |
-    | `resnet14`    |    181,108 | as resnet8                                    |
-    | `resnet20`    |    278,324 | as resnet8                                    |
-    | `resnet32`    |    472,756 | as resnet8                                    |
-    | `resnet44`    |    667,188 | as resnet8                                    |
-    | `resnet56`    |    861,620 | as resnet8                                    |
-    | `resnet110`   |  1,736,564 | as resnet8                                    |
-    | `resnet8x4`   |  1,233,540 | 32@32, 64@32, 128@16, 256@8                   |
-    | `resnet32x4`  |  7,433,860 | as resnet8x4                                  |
-    | `resnet18`    | 11,220,132 | 64@32, 64@32, 128@16, 256@8, 512@4            |
-    | `resnet34`    | 21,328,292 | as resnet18                                   |
-    | `resnet50`    | 23,705,252 | 64@32, 256@32, 512@16, 1024@8, 2048@4         |
-    | `mobilenetv2` |    812,836 | 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2       |
+    | name           | parameters | maps                                          |
+    |----------------|-----------:|-----------------------------------------------|
+    | `resnet8`      |     83,892 | 16@32, 16@32, 32@16, 64@8                     |
+    | `resnet14`     |    181,108 | as resnet8                                    |
+    | `resnet20`     |    278,324 | as resnet8                                    |
+    | `resnet32`     |    472,756 | as resnet8                                    |
+    | `resnet44`     |    667,188 | as resnet8                                    |
+    | `resnet56`     |    861,620 | as resnet8                                    |
+    | `resnet110`    |  1,736,564 | as resnet8                                    |
+    | `resnet8x4`    |  1,233,540 | 32@32, 64@32, 128@16, 256@8                   |
+    | `resnet32x4`   |  7,433,860 | as resnet8x4                                  |
+    | `resnet18`     | 11,220,132 | 64@32, 64@32, 128@16, 256@8, 512@4            |
+    | `resnet34`     | 21,328,292 | as resnet18                                   |
+    | `resnet50`     | 23,705,252 | 64@32, 256@32, 512@16, 1024@8, 2048@4         |
+    | `mobilenetv2`  |    812,836 | 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2       |
+    | `wrn_16_1`     |    180,916 | 16@32, 16@32, 32@16, 64@8                     |
+    | `wrn_16_2`     |    703,284 | 16@32, 32@32, 64@16, 128@8                    |
+    | `wrn_40_1`     |    569,780 | as wrn_16_1                                   |
+    | `wrn_40_2`     |  2,255,156 | as wrn_16_2                                   |
+    | `vgg8`         |  3,965,028 | 64@32, 128@16, 256@8, 512@4, 512@4            |
+    | `vgg13`        |  9,462,180 | as vgg8                                       |
+    | `shufflenetv1` |    949,258 | 24@32, 240@16, 480@8, 960@4                   |
+    | `shufflenetv2` |  1,355,528 | 24@32, 116@16, 232@8, 464@4, 1024@4           |
 
-    Any height and width will do. Parameters and statistics are float32 in plain nested dicts; `dtype` is that of the
-    arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at least float32
-    (and that a float32 network computes in float64 for float64 images). Networks of one name and the same options
-    share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at a stage.
+    Any height and width will do (VGG: from 8x8). Parameters and statistics are float32 in plain nested dicts; `dtype`
+    is that of the arithmetic and of the maps, except that statistics, normalisation, `pooled` and `logits` are in at
+    least float32 (and that a float32 network computes in float64 for float64 images). Networks of one name and the same
+    options share one `apply`, so that `jax.jit` compiles a function of them once. All take `offsets`, for gradients at
+    a stage.
 
     Args:
       name: one of `names()`.
@@ -144,6 +171,74 @@ def create(
         raise ValueError(f"std must be positive, got {std.tolist()}")
     params, stats = init(key)
     return Network(apply, params, stats, jnp.asarray(mean), jnp.asarray(std))
+
+
+def from_card(card: Mapping[str, Any]) -> Network:
+    """The network that a card describes, as shapes: nothing is drawn or compiled.
+
+    Args:
+      card: `model`, `options`, `dtype`, `num_classes`, `in_channels`, `mean` and `std`, as in a `network.json`.
+
+    Returns:
+      A Network of `jax.ShapeDtypeStruct`s with its normalisation as NumPy arrays.
+
+    Raises:
+      ValueError: a key is missing, or `create` refuses what it says.
+    """
+    try:
+        shapes = jax.eval_shape(
+            lambda key: create(
+                card["model"],
+                num_classes=card["num_classes"],
+                key=key,
+                dtype=card["dtype"],
+                in_channels=card["in_channels"],
+                mean=tuple(card["mean"]),
+                std=tuple(card["std"]),
+                **card["options"],
+            ),
+            jax.random.key(0),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the card lacks a key, or one has a value of the wrong kind: {error}") from error
+    return shapes.replace(mean=np.asarray(card["mean"], np.float32), std=np.asarray(card["std"], np.float32))
+
+
+def load(directory: str | os.PathLike[str]) -> Network:
+    """A network that was trained or imported: what `config.teacher.dir` takes, in your own code.
+
+    Args:
+      directory: a finished run's workdir, its `teacher` folder, or what `gompertz-jax import-torch` wrote.
+
+    Returns:
+      A Network with its own normalisation, on the default device.
+
+    Raises:
+      ValueError: no network is there, it is damaged, or it does not fit its card.
+    """
+    from orbax.checkpoint import v1  # takes longer to import than all of this package
+
+    directory = Path(directory).expanduser().absolute()
+    if not (directory / CARD).is_file():
+        raise ValueError(f"{directory} holds no network (no {CARD})")
+    try:
+        card = json.loads((directory / CARD).read_text())
+        shapes = from_card(card)
+    except ValueError as error:
+        raise ValueError(f"{directory / CARD} describes no known network: {error}") from error
+    if reason := fault(directory / ARRAYS):
+        raise ValueError(f"{directory / ARRAYS} is damaged: {reason}; restore it from a copy, with its {SUMS}")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        {"params": shapes.params, "stats": shapes.stats},
+    )
+    read: Any = v1.load
+    try:
+        arrays = read(directory / ARRAYS, template)
+    except Exception as error:  # Orbax has no class of its own for what does not fit
+        raise ValueError(f"{directory / ARRAYS} does not fit its card: {error}") from error
+    return shapes.replace(**arrays, mean=jnp.asarray(shapes.mean), std=jnp.asarray(shapes.std))
 
 
 @functools.cache

@@ -46,17 +46,22 @@ def he_normal(draws: Draws, shape: tuple[int, ...]) -> Array:
 
 
 class Conv(nnx.Module):
-    """A square convolution without bias, padded by `kernel_size // 2` on every side unless told otherwise."""
+    """A square convolution, without bias unless asked for, padded by `kernel_size // 2` on every side."""
 
-    def __init__(self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, draws: Draws):
+    def __init__(
+        self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, bias: bool = False, draws: Draws
+    ):
         self.kernel = nnx.Param(he_normal(draws, (kernel_size, kernel_size, channels, filters)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(filters, jnp.float32))
         self.strides = (stride, stride)
         edges = (kernel_size // 2, kernel_size // 2)
         self.padding = (edges, edges)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ filters"]:
         kernel = self.kernel[...].astype(x.dtype)
-        return convolution.conv(x, kernel, strides=self.strides, padding=self.padding)
+        y = convolution.conv(x, kernel, strides=self.strides, padding=self.padding)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
 class DepthwiseConv(nnx.Module):
@@ -71,6 +76,21 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
         kernel = self.kernel[...].astype(x.dtype)
         return convolution.depthwise_conv(x, kernel, strides=self.strides, padding=self.padding)
+
+
+class GroupedPointwise(nnx.Module):
+    """A 1x1 convolution without bias in which each group of filters reads its own group of channels."""
+
+    def __init__(self, channels: int, filters: int, groups: int, *, draws: Draws):
+        self.kernel = nnx.Param(he_normal(draws, (1, 1, channels // groups, filters)))
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width filters"]:
+        # One matrix product per group, whose derivatives are matrix products.
+        kernel = self.kernel[0, 0].astype(x.dtype)
+        grouped = x.reshape(*x.shape[:3], self.groups, -1)
+        filters = kernel.reshape(kernel.shape[0], self.groups, -1)
+        return jnp.einsum("bhwgc,cgo->bhwgo", grouped, filters).reshape(*x.shape[:3], kernel.shape[1])
 
 
 class BatchNorm(nnx.Module):
@@ -156,6 +176,27 @@ def max_pool_3x3(x: Float[Array, "batch height width channels"]) -> Float[Array,
     """Maximum over 3x3 windows at stride 2, padded by one pixel of minus infinity."""
     edges = ((0, 0), (1, 1), (1, 1), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), edges)
+
+
+def max_pool_2x2(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
+    """Maximum over 2x2 windows at stride 2; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    even = x[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def mean_pool_3x3(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch _ _ channels"]:
+    """Mean over 3x3 windows at stride 2, padded by one pixel of zeros that count."""
+    ninths = jnp.full((3, 3, 1, x.shape[3]), 1 / 9, x.dtype)
+    return convolution.depthwise_conv(x, ninths, strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def channel_shuffle(
+    x: Float[Array, "batch height width channels"], groups: int
+) -> Float[Array, "batch height width channels"]:
+    """The channels of every group dealt out in turn: `g` groups of `n` become `n` groups of `g`."""
+    grouped = x.reshape(*x.shape[:3], groups, x.shape[3] // groups)
+    return grouped.swapaxes(3, 4).reshape(x.shape)
 
 
 def global_mean(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch channels"]:

@@ -20,8 +20,10 @@ STEMS = ("cifar", "imagenet")
 class ConvNorm(nnx.Module):
     """Convolution, then normalisation."""
 
-    def __init__(self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, draws: Draws):
-        self.conv = Conv(channels, filters, kernel_size, stride=stride, draws=draws)
+    def __init__(
+        self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, bias: bool = False, draws: Draws
+    ):
+        self.conv = Conv(channels, filters, kernel_size, stride=stride, bias=bias, draws=draws)
         self.norm = BatchNorm(filters)
 
     def __call__(

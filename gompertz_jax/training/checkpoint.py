@@ -1,4 +1,4 @@
-"""Checkpoints of a run and finished networks on disk: the only file that knows Orbax.
+"""Checkpoints of a run and finished networks on disk: the only file of the shell that knows Orbax.
 
 With several processes all of them call everything here, at the same place of the program; the directories are shared.
 """
@@ -6,6 +6,7 @@ With several processes all of them call everything here, at the same place of th
 import contextlib
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,10 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint import v1
 
 from ..data_parallel import COPIED
+from ..intact import SUMS, fault, sealed
 from ..network import PyTree
 from .errors import RunError
-from .intact import SUMS, fault, seal, sealed, set_aside
+from .intact import seal, set_aside
 from .sharding import data_mesh, is_main, on_main, say
 from .writer import read_json, write_json, writing
 
@@ -195,6 +197,26 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps whose states are whole, in order; for readers beside the run, which take no part in it."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and sealed(path))
+
+
+def read_state(directory: Path) -> PyTree:
+    """A state of `Checkpoints` as it lies on disk: what was a named tuple is a dict.
+
+    Raises:
+      RunError: it is damaged, or its run has removed it meanwhile.
+    """
+    if reason := fault(directory):
+        raise RunError(
+            f"the checkpoint {directory} cannot be read: {reason}; the run may have replaced it by a newer one"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of loading without a template
+        return ocp.load(directory.absolute())
 
 
 def save_arrays(directory: Path, tree: PyTree) -> None:

@@ -1,51 +1,17 @@
-"""Whether what was saved is still what was saved: a list of SHA-256 sums in each directory of arrays.
+"""The write side of `gompertz_jax.intact`: directories are sealed, and what is damaged is moved, never removed."""
 
-Orbax loads some damaged files without a word. So every directory gets a list of its files in the form of `sha256sum`,
-written once Orbax has renamed the directory into place and compared before anything in it is read. The directory is
-whole with its list, and not before: `cd DIRECTORY && sha256sum -c SHA256SUMS` says the same.
-"""
-
-import hashlib
 import os
 from pathlib import Path
 
+from ..intact import SUMS, sums
 from .writer import replace_text
 
-SUMS = "SHA256SUMS"
 ASIDE = "set_aside"
 
 
 def seal(directory: Path) -> None:
     """Write the list of a directory's files, once they are on the disk itself."""
-    lines = [f"{_sha256(path, sync=True)}  {path.relative_to(directory).as_posix()}\n" for path in _files(directory)]
-    replace_text(directory / SUMS, "".join(lines))
-
-
-def sealed(directory: Path) -> bool:
-    """Whether the directory was whole once."""
-    return (directory / SUMS).is_file()
-
-
-def fault(directory: Path) -> str | None:
-    """What is wrong with a sealed directory; None if every file is there, is as it was, and there is no other."""
-    if not directory.is_dir():
-        return "it is gone"
-    if not sealed(directory):
-        return f"it has no {SUMS}"
-    try:
-        lines = (directory / SUMS).read_text().splitlines()
-        expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        present = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
-        if missing := sorted(expected.keys() - present.keys()):
-            return f"{missing[0]} is missing"
-        if unlisted := sorted(present.keys() - expected.keys()):
-            return f"{unlisted[0]} is not in {SUMS}"
-        for name, path in present.items():
-            if _sha256(path) != expected[name]:
-                return f"{name} was altered or cut off"
-        return None if present else "it is empty"
-    except (OSError, ValueError) as error:
-        return f"it cannot be read ({error})"
+    replace_text(directory / SUMS, sums(directory))
 
 
 def set_aside(path: Path) -> Path:
@@ -55,14 +21,3 @@ def set_aside(path: Path) -> Path:
     names = (path.name if count == 0 else f"{path.name}.{count}" for count in range(len(os.listdir(folder)) + 1))
     target = next(folder / name for name in names if not (folder / name).exists())
     return path.rename(target)
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / SUMS)
-
-
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

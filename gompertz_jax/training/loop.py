@@ -29,7 +29,16 @@ from .intact import set_aside
 from .objectives import build_objective
 from .sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .stop import Stop
-from .teacher import gate, load_network, network_fault, network_from, network_shapes, read_card, save_network
+from .teacher import (
+    gate,
+    load_network,
+    network_card,
+    network_fault,
+    network_from,
+    network_shapes,
+    read_card,
+    save_network,
+)
 from .workdir import check_data, check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
 from .writer import read_json, read_metrics, write_json
 
@@ -150,7 +159,7 @@ def _run(
             "images_per_second": round(fitted.images_per_second, 1),
         },
     }
-    save_network(workdir, fitted.selected, content["student"], dataset)
+    save_network(workdir, fitted.selected, network_card(content["student"], dataset))
     result = on_main(lambda: conclude(workdir, result))
     say(report.result_card(result, workdir))
     return result
@@ -331,7 +340,7 @@ def trained_teacher(
         mesh=mesh,
         stop=stop,
     )
-    save_network(workdir, fitted.selected, spec, dataset)
+    save_network(workdir, fitted.selected, network_card(spec, dataset))
     card = {
         "dataset": dataset.name,
         "model": spec["model"],

@@ -11,17 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import models
+from ..intact import fault
+from ..models import ARRAYS, CARD
 from ..network import Network
 from ..step import make_eval_step
 from .checkpoint import load_arrays, save_arrays
 from .data import Dataset, Split
 from .errors import RunError
-from .intact import fault
 from .sharding import on_main, replicate
 from .writer import read_json, write_json
 
-CARD = "network.json"
-ARRAYS = "network"
 GATE_IMAGES = 5000
 
 
@@ -52,10 +51,9 @@ def network_shapes(spec: Mapping[str, Any], dataset: Dataset) -> Network:
     return shapes.replace(mean=np.asarray(dataset.mean), std=np.asarray(dataset.std))
 
 
-def save_network(directory: Path, network: Network, spec: Mapping[str, Any], dataset: Dataset) -> None:
-    """Save a trained network under `directory`: its arrays, then a card from which `load_network` rebuilds it."""
-    save_arrays(directory / ARRAYS, {"params": network.params, "stats": network.stats})
-    card = {
+def network_card(spec: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """What a network is that was built by `network_from`; `gompertz_jax.models.from_card` builds it from this."""
+    return {
         "model": spec["model"],
         "options": dict(spec["options"]),
         "dtype": spec["dtype"],
@@ -65,6 +63,11 @@ def save_network(directory: Path, network: Network, spec: Mapping[str, Any], dat
         "std": list(dataset.std),
         "dataset": dataset.name,
     }
+
+
+def save_network(directory: Path, network: Network, card: Mapping[str, Any]) -> None:
+    """Save a network under `directory`: its arrays, then the card from which `load_network` rebuilds it."""
+    save_arrays(directory / ARRAYS, {"params": network.params, "stats": network.stats})
     on_main(lambda: write_json(directory / CARD, card))
 
 
@@ -106,26 +109,13 @@ def load_network(directory: Path, *, abstract: bool = False) -> Network:
     """
     card = on_main(lambda: read_card(directory))
     try:
-
-        def create(key: jax.Array) -> Network:
-            return models.create(
-                card["model"],
-                num_classes=card["num_classes"],
-                key=key,
-                dtype=jnp.dtype(card["dtype"]),
-                in_channels=card["in_channels"],
-                mean=tuple(card["mean"]),
-                std=tuple(card["std"]),
-                **card["options"],
-            )
-
-        shapes = jax.eval_shape(create, jax.random.key(0))
-    except (KeyError, TypeError, ValueError) as error:
+        shapes = models.from_card(card)
+    except ValueError as error:
         raise RunError(f"{directory / CARD} describes no known network: {error}") from error
     if abstract:
-        return shapes.replace(mean=np.asarray(card["mean"]), std=np.asarray(card["std"]))
+        return shapes
     arrays = load_arrays(directory / ARRAYS, {"params": shapes.params, "stats": shapes.stats})
-    return shapes.replace(**arrays, mean=jnp.asarray(card["mean"]), std=jnp.asarray(card["std"]))
+    return shapes.replace(**arrays, mean=jnp.asarray(shapes.mean), std=jnp.asarray(shapes.std))
 
 
 def fingerprint(network: Network) -> str:

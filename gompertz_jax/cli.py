@@ -1,0 +1,142 @@
+"""`gompertz-jax`: what is done with networks before and after a run. Runs themselves are `train.py`."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand; what its user can change is told in one line."""
+    parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_import_torch(commands)
+    _add_export(commands)
+    _add_preview(commands)
+    parsed, overrides = parser.parse_known_args(arguments)
+    if parsed.run is _preview:
+        parsed.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _add_import_torch(commands: Any) -> None:
+    parser = commands.add_parser("import-torch", help="a PyTorch checkpoint -> a directory for --config.teacher.dir")
+    parser.add_argument("file", type=Path, help=".pth, .pt or .safetensors; nothing in it is executed")
+    parser.add_argument("--model", required=True, help="its name here, for instance resnet56")
+    parser.add_argument("--out", required=True, type=Path, help="the directory to write; must not hold a network")
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=float, nargs="+", help="per channel, of images in [0, 1]")
+    parser.add_argument("--dtype", default="float32", help="of the arithmetic: float32 or bfloat16")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the model, for instance stem=cifar"
+    )
+    parser.set_defaults(run=_import_torch)
+
+
+def _import_torch(parsed: argparse.Namespace) -> None:
+    from .models import CARD, tensor_files, torch_layouts
+    from .training.teacher import save_network
+
+    if (parsed.out / CARD).exists():
+        raise ValueError(f"{parsed.out} holds a network already; give another --out")
+    options = {}
+    for option in parsed.option:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"--option {option}: is written KEY=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    imported = torch_layouts.from_state_dict(
+        tensor_files.read_state_dict(parsed.file),
+        parsed.model,
+        mean=parsed.mean,
+        std=parsed.std,
+        dtype=parsed.dtype,
+        **options,
+    )
+    with parsed.file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    source = {"file": parsed.file.name, "sha256": digest, "layout": imported.layout}
+    save_network(parsed.out, imported.network, imported.card | {"dataset": None, "imported": source})
+    print(
+        f"{parsed.model} of {imported.card['num_classes']} classes, layout of {imported.layout}, "
+        f"mean {imported.card['mean']}, std {imported.card['std']}\n"
+        f"written to {parsed.out}: teach with --config.teacher.dir={parsed.out}"
+    )
+
+
+def _add_export(commands: Any) -> None:
+    from .export import FORMATS
+
+    parser = commands.add_parser("export", help="the student of a run, alone, with a card")
+    parser.add_argument("workdir", type=Path, help="of a run, which may still be going")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--step", type=int, help="of a checkpoint; default: the selected network, or the newest")
+    parser.add_argument("--out", type=Path, help="the directory to write; default WORKDIR/export/FORMAT-STEP")
+    parser.add_argument("--fold-normalisation", action="store_true", help="stablehlo: take images in [0, 1]")
+    parser.set_defaults(run=_export)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from .export import export_student
+
+    out = export_student(
+        parsed.workdir,
+        parsed.out,
+        format=parsed.format,
+        step=parsed.step,
+        fold_normalisation=parsed.fold_normalisation,
+    )
+    compared = json.loads((out / "card.json").read_text())["compared"]
+    print(
+        f"written to {out}; read again, its logits on {compared['images']} images differ by "
+        f"{compared['largest_difference_relative_to_largest_logit']:.1e} of the largest"
+    )
+
+
+def _add_preview(commands: Any) -> None:
+    parser = commands.add_parser("preview", help="the schedules of a config, drawn and in numbers, before a run")
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="changed by --config.any.key=value")
+    parser.add_argument("--control", metavar="FILE[:VARIANT]", help="a config whose areas are to be the same")
+    parser.add_argument("--png", type=Path, help="a picture to write")
+    parser.set_defaults(run=_preview)
+
+
+def _preview(parsed: argparse.Namespace) -> None:
+    from . import preview
+
+    control = None if parsed.control is None else _config(parsed.control, [])
+    shown = preview.preview(_config(parsed.config, parsed.overrides), control=control)
+    if parsed.png is not None:
+        preview.plot(shown, parsed.png)
+    print(preview.as_text(shown))
+
+
+def _config(file: str, overrides: Sequence[str]) -> Any:
+    """The config of a file, changed as train.py changes it."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        rest = values(["gompertz-jax", f"--config={file}", *overrides])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"--config: {' '.join(str(error).split())}") from error
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}; overrides are written --config.key=value")
+    return config.value
+
+
+if __name__ == "__main__":
+    main()

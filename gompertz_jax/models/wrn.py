@@ -1,0 +1,85 @@
+"""Wide residual networks, thin enough for distillation tables: normalisation and ReLU come before each convolution.
+
+Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146; widths and shortcuts as
+in RepDistiller (Tian et al., ICLR 2020, https://arxiv.org/abs/1910.10699).
+"""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ..network import Outputs
+from .layers import BatchNorm, Conv, Draws, Linear, global_mean, one_per_map, shifted
+
+
+class PreactivationBlock(nnx.Module):
+    """Twice normalisation, ReLU and a 3x3 convolution, beside a shortcut."""
+
+    def __init__(self, channels: int, width: int, *, stride: int, draws: Draws):
+        self.first_norm = BatchNorm(channels)
+        self.first = Conv(channels, width, 3, stride=stride, draws=draws)
+        self.second_norm = BatchNorm(width)
+        self.second = Conv(width, width, 3, draws=draws)
+        if channels != width:
+            self.shortcut = Conv(channels, width, 1, stride=stride, draws=draws)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], *, train: bool
+    ) -> Float[Array, "batch _ _ filters"]:
+        activated = jax.nn.relu(self.first_norm(x, train=train))
+        # Where the width changes, the shortcut too starts from what is activated.
+        residual = self.shortcut(activated) if hasattr(self, "shortcut") else x
+        x = jax.nn.relu(self.second_norm(self.first(activated), train=train))
+        return self.second(x) + residual
+
+
+class WideResNet(nnx.Module):
+    """A 3x3 convolution, three stages of blocks, normalisation, ReLU, and the classifier.
+
+    Its maps are the stem's and one per stage. All but the last are what the next stage receives, before any
+    normalisation, as in the tables' feature losses; the last is the one that is pooled, after its ReLU.
+
+    Args:
+      depth: 6n + 4, with n blocks in each stage.
+      widen: multiplier of the stages' 16, 32 and 64 channels.
+      num_classes: classes of the head.
+      in_channels: channels of the images.
+      draws: initialises the parameters.
+    """
+
+    def __init__(self, depth: int, widen: int, *, num_classes: int, in_channels: int, draws: Draws):
+        channels = 16
+        self.stem = Conv(in_channels, channels, 3, draws=draws)
+        stages = []
+        for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen), start=1):
+            names = []
+            for index in range(1, (depth - 4) // 6 + 1):
+                names.append(f"stage{stage}_block{index}")
+                stride = 2 if stage > 1 and index == 1 else 1
+                setattr(self, names[-1], PreactivationBlock(channels, width, stride=stride, draws=draws))
+                channels = width
+            stages.append(tuple(names))
+        self.stages = tuple(stages)
+        self.last_norm = BatchNorm(channels)
+        self.head = Linear(channels, num_classes, draws=draws)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        offsets: Sequence[Float[Array, "..."] | None] | None = None,
+    ) -> Outputs:
+        ahead = iter(one_per_map(offsets, 1 + len(self.stages)))
+        features = []
+        x = self.stem(x)
+        for names in self.stages:
+            x = shifted(x, next(ahead))
+            features.append(x)
+            for name in names:
+                x = getattr(self, name)(x, train=train)
+        x = shifted(jax.nn.relu(self.last_norm(x, train=train)), next(ahead))
+        pooled = global_mean(x)
+        return Outputs(self.head(pooled), (*features, x), pooled)

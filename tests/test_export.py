@@ -1,0 +1,132 @@
+"""Students out of workdirs, finished or not: formats, cards, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import small_config
+
+import gompertz_jax as gj
+from gompertz_jax import cli, export
+from gompertz_jax.models import tensor_files
+from gompertz_jax.training.checkpoint import Checkpoints
+from gompertz_jax.training.data import load
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.fit import Best
+from gompertz_jax.training.teacher import network_card, network_from, save_network
+from gompertz_jax.training.workdir import CONFIG, frozen, sole_use
+from gompertz_jax.training.writer import write_json
+
+
+def scrambled(network, seed):
+    """Other weights, and statistics that are not those of a fresh network."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.uniform(size=leaf.shape), jnp.float32), network)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir as a run leaves it while it goes on: two checkpoints, the later one with a moving average."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = small_config()
+    content, dataset = frozen(config), load("digits", validation=100)
+    write_json(workdir / CONFIG, content)
+    fresh = network_from(content["student"], dataset, seed=0)
+    networks = {step: fresh.replace(**arrays) for step, arrays in ((15, _arrays(fresh, 1)), (27, _arrays(fresh, 2)))}
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        for step, network in networks.items():
+            state = gj.init_state(network, optax.sgd(0.1), gj.student_alone(), (8, 8, 1), moving_average=step == 27)
+            state = state._replace(params=jax.tree.map(jnp.zeros_like, state.params)) if step == 27 else state
+            checkpoints.save(step, (state, Best.none(state)), {})
+    (workdir / "metrics.jsonl").write_text('{"step": 15, "split": "validation", "accuracy": 0.5}\n')
+    return workdir, networks, dataset, content
+
+
+def _arrays(network, seed):
+    other = scrambled(network, seed)
+    return {"params": other.params, "stats": other.stats}
+
+
+def logits(network, images):
+    return jax.jit(lambda network, images: network.forward(images, train=False)[0].logits)(network, images)
+
+
+def images_of(dataset, count=5):
+    return jnp.asarray(dataset.train.images[:count], jnp.float32) / 255
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys):
+    workdir, networks, dataset, _ = run
+    out = tmp_path / "out"
+    with sole_use(workdir):  # as the run does
+        before = sorted(path for path in workdir.rglob("*"))
+        cli.main(["export", str(workdir), "--format", "stablehlo", "--out", str(out), *["--fold-normalisation"] * fold])
+        assert sorted(path for path in workdir.rglob("*")) == before
+    assert f"written to {out}; read again" in capsys.readouterr().out
+    program = jax.export.deserialize(bytearray((out / "student.stablehlo").read_bytes()))
+    images, network = images_of(dataset), networks[27]  # the newest, whose average is what is evaluated
+    given = images if fold else (images - network.mean) / network.std
+    for count in (1, 5):
+        np.testing.assert_allclose(program.call(given[:count]), logits(network, images)[:count], rtol=1e-4, atol=1e-4)
+    card = json.loads((out / "card.json").read_text())
+    assert card["classes"] == list("0123456789")
+    assert card["input"]["shape"] == ["batch", 8, 8, 1]
+    assert card["normalisation"] == {"mean": list(dataset.mean), "std": list(dataset.std), "folded_in": fold}
+    assert card["provenance"]["checkpoint_step"] == 27 and card["accuracy"] == {"validation": None}
+    assert card["compared"]["images"] == 64
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_weights_of_any_checkpoint_under_pytorchs_names(run, kind):
+    workdir, networks, _, _ = run
+    out = export.export_student(workdir, format=kind, step=15)
+    assert out == workdir / "export" / f"{kind}-15"
+    tensors = tensor_files.read_state_dict(out / export.FORMATS[kind])
+    kernel = networks[15].params["stage1_block1"]["first"]["conv"]["kernel"]
+    np.testing.assert_array_equal(tensors["layer1.0.conv1.weight"], kernel.transpose(3, 2, 0, 1))
+    assert not [name for name in tensors if not name.startswith(("conv1.", "bn1.", "layer1.", "fc."))]
+    card = json.loads((out / "card.json").read_text())
+    assert card["accuracy"] == {"validation": 0.5} and card["input"]["shape"] == ["batch", 1, 8, 8]
+    with pytest.raises(RunError, match="is there already"):
+        export.export_student(workdir, format=kind, step=15)
+
+
+def test_a_finished_run_gives_the_network_it_selected(run, tmp_path):
+    _, networks, dataset, content = run
+    write_json(tmp_path / CONFIG, content)
+    save_network(tmp_path, networks[15], network_card(content["student"], dataset))
+    result = {"test_accuracy_best": 0.9, "test_accuracy_last": 0.8, "best_validation_accuracy": 0.7}
+    write_json(tmp_path / "result.json", result)
+    out = export.export_student(tmp_path, format="safetensors")
+    assert out.name == "safetensors-selected"
+    assert json.loads((out / "card.json").read_text())["accuracy"] == {"test": 0.9, "validation": 0.7}
+
+
+def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
+    workdir, *_ = run
+    with pytest.raises(RunError, match="no whole checkpoint of step 16: there are those of 15, 27"):
+        export.export_student(workdir, format="torch", step=16)
+    with pytest.raises(RunError, match=r"holds no run \(no config.json\)"):
+        export.export_student(tmp_path, format="torch")
+    with pytest.raises(RunError, match="cannot be folded into the weights of torch"):
+        export.export_student(workdir, format="torch", fold_normalisation=True)
+    with pytest.raises(RunError, match="format 'onnx' is unknown"):
+        export.export_student(workdir, format="onnx")
+    # a writer that writes something else leaves nothing behind
+    original = tensor_files.write_torch
+    monkeypatch.setattr(tensor_files, "write_torch", lambda path, t: original(path, t | {"fc.bias": t["fc.bias"] + 1}))
+    with pytest.raises(RunError, match=r"student\.pth gives other logits than the student"):
+        export.export_student(workdir, tmp_path / "out", format="torch", step=15)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_of_groups_and_shuffles_is_lowered_for_any_batch_size():
+    network = gj.models.create("shufflenetv1", num_classes=10, key=jax.random.key(0))
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(export._logits(network, True)), platforms=("cpu",))(images)
+    assert str(exported.out_avals[0].shape) == "(batch, 10)"
