@@ -127,10 +127,10 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    values, arguments = flags.FlagValues(), ["gompertz-jax", f"--config={file}", *overrides]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        rest = values(["gompertz-jax", f"--config={file}", *overrides])[1:]
+        rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"--config: {' '.join(str(error).split())}") from error
     if rest:
