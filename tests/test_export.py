@@ -12,6 +12,7 @@ from helpers import small_config
 import gompertz_jax as gj
 from gompertz_jax import cli, export
 from gompertz_jax.models import tensor_files
+from gompertz_jax.models.layers import Draws, GroupedPointwise, channel_shuffle, max_pool_2x2, mean_pool_3x3
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
@@ -129,9 +130,9 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_of_groups_and_shuffles_is_lowered_for_any_batch_size():
-    network = gj.models.create("shufflenetv1", num_classes=10, key=jax.random.key(0))
+def test_layers_that_reshape_are_lowered_for_any_batch_size():
+    layer = GroupedPointwise(6, 9, 3, draws=Draws(jnp.ones(18)))
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
-    exported = jax.export.export(jax.jit(export._logits(network, True)), platforms=("cpu",))(images)
-    assert str(exported.out_avals[0].shape) == "(batch, 10)"
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 6), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: channel_shuffle(layer(mean_pool_3x3(max_pool_2x2(x))), 3)))(images)
+    assert str(exported.out_avals[0].shape) == "(batch, 2, 2, 9)"
