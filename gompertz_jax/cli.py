@@ -62,7 +62,7 @@ def _import_torch(parsed: argparse.Namespace) -> None:
         mean=parsed.mean,
         std=parsed.std,
         dtype=parsed.dtype,
-        **options,
+        options=options,
     )
     with parsed.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

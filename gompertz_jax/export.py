@@ -18,10 +18,11 @@ from jax import export as jax_export
 
 from .models import tensor_files, torch_layouts
 from .network import Network
-from .step import as_unit_interval
+from .step import as_unit_interval, make_eval_step
 from .training.checkpoint import read_state, saved_steps
 from .training.data import Dataset, load
 from .training.errors import RunError
+from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
 from .training.workdir import CONFIG, provenance
 from .training.writer import METRICS, read_json, read_metrics, write_json
@@ -181,7 +182,7 @@ def export_student(
                 "values": "in [0, 1]" if fold_normalisation else "(image in [0, 1] - mean) / std, per channel",
             },
             "normalisation": {"mean": dataset.mean, "std": dataset.std, "folded_in": fold_normalisation},
-            "accuracy": student.accuracy,
+            "accuracy": student.accuracy | {"measured_at_export": _accuracy(student.network, dataset)},
             "provenance": {
                 "dataset": dataset.name,
                 "workdir": str(workdir.absolute()),
@@ -219,6 +220,17 @@ def _write_stablehlo(file: Path, network: Network, image_shape: tuple[int, ...],
     file.write_bytes(exported.serialize())
 
 
+def _accuracy(network: Network, dataset: Dataset) -> dict[str, Any]:
+    """How many of the held-out images the student classifies; of training images where none were held out."""
+    split, mesh = held_out(dataset), data_mesh()
+    classes = make_eval_step(mesh=mesh)(*replicate((network, *split), mesh)).classes
+    return {
+        "images": "training" if dataset.validation is None else "validation",
+        "count": len(split.labels),
+        "accuracy": float(np.mean(np.asarray(classes) == split.labels)),
+    }
+
+
 def _compare(file: Path, student: Student, dataset: Dataset, format: str, fold: bool) -> dict[str, Any]:
     """Read what was written, and compare its logits with the student's on images of the data set."""
     images = as_unit_interval(jnp.asarray(held_out(dataset).images[:_COMPARED]))
@@ -235,7 +247,7 @@ def _compare(file: Path, student: Student, dataset: Dataset, format: str, fold: 
             mean=dataset.mean,
             std=dataset.std,
             dtype=student.spec["dtype"],
-            **student.spec["options"],
+            options=student.spec["options"],
         )
         got = np.asarray(jax.jit(_logits(imported.network, True))(images))
     difference = float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30))

@@ -12,6 +12,7 @@ from helpers import small_config
 import gompertz_jax as gj
 from gompertz_jax import cli, export
 from gompertz_jax.models import tensor_files
+from gompertz_jax.models.layers import Draws, GroupedPointwise, channel_shuffle, max_pool_2x2, mean_pool_3x3
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
@@ -54,8 +55,8 @@ def logits(network, images):
     return jax.jit(lambda network, images: network.forward(images, train=False)[0].logits)(network, images)
 
 
-def images_of(dataset, count=5):
-    return jnp.asarray(dataset.train.images[:count], jnp.float32) / 255
+def images_of(split, count=None):
+    return jnp.asarray(split.images[:count], jnp.float32) / 255
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -68,7 +69,7 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
         assert sorted(path for path in workdir.rglob("*")) == before
     assert f"written to {out}; read again" in capsys.readouterr().out
     program = jax.export.deserialize(bytearray((out / "student.stablehlo").read_bytes()))
-    images, network = images_of(dataset), networks[27]  # the newest, whose average is what is evaluated
+    images, network = images_of(dataset.train, 5), networks[27]  # the newest, whose average is what is evaluated
     given = images if fold else (images - network.mean) / network.std
     for count in (1, 5):
         np.testing.assert_allclose(program.call(given[:count]), logits(network, images)[:count], rtol=1e-4, atol=1e-4)
@@ -76,7 +77,11 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
     assert card["classes"] == list("0123456789")
     assert card["input"]["shape"] == ["batch", 8, 8, 1]
     assert card["normalisation"] == {"mean": list(dataset.mean), "std": list(dataset.std), "folded_in": fold}
-    assert card["provenance"]["checkpoint_step"] == 27 and card["accuracy"] == {"validation": None}
+    assert card["provenance"]["checkpoint_step"] == 27 and card["accuracy"]["validation"] is None
+    held = dataset.validation
+    accuracy = np.mean(np.argmax(logits(network, images_of(held)), -1) == held.labels)
+    measured = {"images": "validation", "count": 100, "accuracy": pytest.approx(accuracy)}
+    assert card["accuracy"]["measured_at_export"] == measured
     assert card["compared"]["images"] == 64
 
 
@@ -90,7 +95,7 @@ def test_weights_of_any_checkpoint_under_pytorchs_names(run, kind):
     np.testing.assert_array_equal(tensors["layer1.0.conv1.weight"], kernel.transpose(3, 2, 0, 1))
     assert not [name for name in tensors if not name.startswith(("conv1.", "bn1.", "layer1.", "fc."))]
     card = json.loads((out / "card.json").read_text())
-    assert card["accuracy"] == {"validation": 0.5} and card["input"]["shape"] == ["batch", 1, 8, 8]
+    assert card["accuracy"]["validation"] == 0.5 and card["input"]["shape"] == ["batch", 1, 8, 8]
     with pytest.raises(RunError, match="is there already"):
         export.export_student(workdir, format=kind, step=15)
 
@@ -103,7 +108,8 @@ def test_a_finished_run_gives_the_network_it_selected(run, tmp_path):
     write_json(tmp_path / "result.json", result)
     out = export.export_student(tmp_path, format="safetensors")
     assert out.name == "safetensors-selected"
-    assert json.loads((out / "card.json").read_text())["accuracy"] == {"test": 0.9, "validation": 0.7}
+    accuracy = json.loads((out / "card.json").read_text())["accuracy"]
+    assert accuracy["test"] == 0.9 and accuracy["validation"] == 0.7
 
 
 def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
@@ -124,9 +130,9 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_of_groups_and_shuffles_is_lowered_for_any_batch_size():
-    network = gj.models.create("shufflenetv1", num_classes=10, key=jax.random.key(0))
+def test_layers_that_reshape_are_lowered_for_any_batch_size():
+    layer = GroupedPointwise(6, 9, 3, draws=Draws(jnp.ones(18)))
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), jnp.float32)
-    exported = jax.export.export(jax.jit(export._logits(network, True)), platforms=("cpu",))(images)
-    assert str(exported.out_avals[0].shape) == "(batch, 10)"
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 6), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: channel_shuffle(layer(mean_pool_3x3(max_pool_2x2(x))), 3)))(images)
+    assert str(exported.out_avals[0].shape) == "(batch, 2, 2, 9)"

@@ -215,7 +215,7 @@ def from_state_dict(
     mean: ArrayLike | Sequence[float] | None = None,
     std: ArrayLike | Sequence[float] | None = None,
     dtype: str = "float32",
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> Imported:
     """A network from PyTorch's tensors; classes and channels are read off them, and so is the layout.
 
@@ -226,7 +226,7 @@ def from_state_dict(
         in torchvision's and timm's).
       std: likewise.
       dtype: of the arithmetic.
-      **options: of `create`; by default those of the layout's own network.
+      options: of `create`; by default those of the layout's own network.
 
     Returns:
       The network, the layout's name, and the card of `from_card`.
@@ -238,7 +238,7 @@ def from_state_dict(
     from . import from_card
 
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
-    tried = []
+    options, tried = dict(options or {}), []
     for layout in layouts(model, options):
         chosen = dict(layout.options) | _stem(model, layout, tensors) | options
         head, stem = (tensors.get(f"{layout.module(path)}.weight") for path in (("head",), layout.stem))
