@@ -470,17 +470,17 @@ def test_evaluation_does_not_depend_on_how_the_split_divides(count):
 
 
 def test_mistakes_are_told_before_tracing():
-    with pytest.raises(ValueError, match="steps_per_dispatch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps_per_dispatch must be a positive integer, got 0"):
         setup(gj.student_alone(), steps_per_dispatch=0)
     twice = gj.Objective(gj.student_alone().terms * 2)
     with pytest.raises(ValueError, match="term names must differ"):
         setup(twice)
     with pytest.raises(ValueError, match="pass teacher="):
         gj.init_state(linear_network(1), optax.sgd(0.1), gj.gompertz_objective(10), SHAPE)
-    with pytest.raises(ValueError, match="skip_below must not be negative, got -1"):
+    with pytest.raises(ValueError, match="skip_below must be 0, which never skips, or more, got -1"):
         setup(gj.student_alone(), skip_below=-1.0)
     ce, kd = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0).terms
-    with pytest.raises(ValueError, match="every_k_steps must be at least 1, got 0 for the term 'kd'"):
+    with pytest.raises(ValueError, match="every_k_steps of the term 'kd' must be a positive integer, got 0"):
         setup(gj.Objective((ce, kd._replace(every_k_steps=0))))
     with pytest.raises(ValueError, match="some steps would have no term"):
         setup(gj.Objective((ce._replace(every_k_steps=2), kd._replace(every_k_steps=3))))

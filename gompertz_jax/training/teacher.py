@@ -44,7 +44,7 @@ def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Net
             std=dataset.std,
             **spec["options"],
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever an option leads to
         raise RunError(f"model {spec['model']!r} with options {dict(spec['options'])}: {error}") from error
 
 
