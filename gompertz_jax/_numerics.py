@@ -1,19 +1,22 @@
-"""What every formula here agrees on: the dtype it is computed in, and which static numbers are legal.
+"""What every formula here agrees on: which arguments are legal, and the dtype it is computed in.
 
 A number that is known before tracing (a Python or NumPy number, a concrete array) is checked and becomes a Python
 float, so that no closure captures an array. A traced number (a schedule evaluated inside the step, a parameter that is
 differentiated) cannot be checked and is passed on as it is.
 """
 
+import functools
+import inspect
 import operator
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import AbstractArray, Array
 
 Scalar = int | float | np.generic | np.ndarray | Array
 
@@ -21,6 +24,101 @@ Scalar = int | float | np.generic | np.ndarray | Array
 # wider, and 1e-300 would reach a division there as 0.
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)
+
+_LARGEST_COUNT = 2**31 - 1
+
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Hold what a public function is given to its annotations, argument by argument, before anything is computed.
+
+    Of an array's annotation that is what concerns it alone: that it is an array, of floats or integers, not empty, and
+    of how many axes. How shapes fit together the function says itself; numbers are `finite_number`'s and
+    `positive_count`'s.
+
+    Raises:
+      TypeError: an argument is of another type or dtype.
+      ValueError: an array is empty or has another number of axes.
+    """
+    signature = inspect.signature(function)
+    annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _check(name, value, annotations[name])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _check(name: str, value: Any, annotation: Any) -> None:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    options: tuple[Any, ...] = get_args(annotation) if is_union else (annotation,)
+    if any(_accepts(option, value) for option in options):
+        return
+    wanted = " or ".join(dict.fromkeys(filter(None, map(_in_words, options))))
+    if isinstance(value, jax.Array | np.ndarray):
+        fault = TypeError if not any(_is_of_dtype(option, value) for option in options) else ValueError
+        raise fault(f"{name} must be {wanted}, got {value.dtype.name} of the shape {value.shape}")
+    raise TypeError(f"{name} must be {wanted}, got {value!r:.200}")
+
+
+def _accepts(option: Any, value: Any) -> bool:
+    """Whether a value is what one of its argument's annotations says, as far as it is checked here."""
+    if _is_array(option):
+        return _is_of_dtype(option, value) and 0 not in value.shape and _has_axes(option, value)
+    if option is None or option is types.NoneType:
+        return value is None
+    origin = get_origin(option) or option
+    if origin is Callable:
+        return callable(value)
+    if not isinstance(origin, type) or origin in (Any, int, float, object, inspect.Parameter.empty, *get_args(Scalar)):
+        return True
+    return isinstance(value, np.bool_ if origin is bool and isinstance(value, np.generic) else origin)
+
+
+def _is_array(option: Any) -> bool:
+    return isinstance(option, type) and issubclass(option, AbstractArray)
+
+
+def _dtypes(option: Any) -> tuple[str, ...]:
+    """The names of the dtypes that an array's annotation allows: floats and integers of any width and sign."""
+    named = option.dtypes if isinstance(option.dtypes, tuple) else ("float32", "int32")  # jaxtyping's Shaped
+    floats, integers = (_FLOATS if "float32" in named else ()), (_INTEGERS if "int32" in named else ())
+    return floats + integers or named
+
+
+def _is_of_dtype(option: Any, value: Any) -> bool:
+    if not _is_array(option) or not isinstance(value, jax.Array | np.ndarray):
+        return False
+    if option.dtypes == ("prng_key",):
+        return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return value.dtype.name in _dtypes(option)
+
+
+def _has_axes(option: Any, value: Any) -> bool:
+    fixed = len(option.dims)
+    return value.ndim == fixed if option.index_variadic is None else value.ndim >= fixed - 1
+
+
+def _in_words(option: Any) -> str:
+    if _is_array(option):
+        names = _dtypes(option)
+        if "prng_key" in names or names == ("uint32",):
+            return "a random key"
+        kind = " or ".join(name for name, dtype in (("floats", "float32"), ("integers", "int32")) if dtype in names)
+        return f"an array of {kind} [{option.dim_str}], not empty" if option.dim_str else f"a scalar of {kind}"
+    if option is types.NoneType:
+        return "None"
+    if get_origin(option) is Callable:
+        return "a function"
+    return getattr(get_origin(option) or option, "__name__", str(option))
 
 
 def compute_dtype(*values: Any) -> Any:
@@ -77,13 +175,20 @@ def finite_number(
     """Check a scalar argument and return it as a Python float; a traced one is returned as it is.
 
     Raises:
-      ValueError: if `value` is no scalar, or is concrete and not finite or not accepted.
+      TypeError: if `value` is no real number.
+      ValueError: if it is no scalar, or is concrete and not finite or not accepted.
     """
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be {legal}, got an array of shape {jnp.shape(value)}")
+    dtype = getattr(value, "dtype", np.dtype(type(value)) if isinstance(value, int | float) else None)
+    if dtype is None or dtype.name not in ("bool", *_FLOATS, *_INTEGERS):
+        raise TypeError(f"{name} must be {legal}, got {value!r:.200}")
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be {legal}, got an array of shape {np.shape(value)}")
     if is_traced(value):
         return value  # pyright: ignore[reportReturnType]
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {legal}, got an integer beyond every float") from None
     if not abs(number) <= _LARGEST or (accept is not None and not accept(number)):
         raise ValueError(f"{name} must be {legal}, got {number!r}")
     return number
@@ -101,16 +206,22 @@ def fraction(name: str, value: Scalar, low: float, high: float, *, legal: str) -
     return finite_number(name, value, legal=legal, accept=lambda number: low < number < high)
 
 
+def fraction_from_zero(name: str, value: Scalar) -> float | Array:
+    """`finite_number`, from 0 up to, not including, 1."""
+    return finite_number(name, value, legal="in [0, 1)", accept=lambda number: 0.0 <= number < 1.0)
+
+
 def positive_count(name: str, value: Any) -> int:
     """Check an argument that counts something and return it as a Python int.
 
     Raises:
-      ValueError: if `value` is not an integer, or is below 1.
+      ValueError: if `value` is not an integer, or is below 1 or above what 32 bits hold.
     """
     try:
         count = operator.index(value)
     except TypeError:
         count = 0
-    if count < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not 1 <= count <= _LARGEST_COUNT:
+        told = f"{value!r:.200}" if abs(count) <= _LARGEST_COUNT else f"an integer of {count.bit_length()} bits"
+        raise ValueError(f"{name} must be a positive integer, got {told}")
     return count

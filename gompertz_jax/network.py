@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from ._numerics import checked
 
 PyTree = Any
 
@@ -83,22 +85,31 @@ class Network:
     mean: Any
     std: Any
 
+    @checked
     def forward(
         self,
         images: Shaped[Array, "batch height width channels"],
         *,
         train: bool,
-        key: Array | None = None,
+        key: PRNGKeyArray | None = None,
         offsets: Sequence[Float[Array, "..."] | None] | None = None,
     ) -> tuple[Outputs, PyTree]:
         """Apply the network to common images in [0, 1], normalised by its own mean and std.
 
         Raises:
-          ValueError: the images are integers; `offsets` has not one entry per map, or `apply` does not take it.
+          ValueError: the images are integers, or have other channels than mean and std; `offsets` has not one entry per
+            map, or `apply` does not take it.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
-        images = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
+        mean, std = (jnp.asarray(numbers, images.dtype) for numbers in (self.mean, self.std))
+        for name, numbers in (("mean", mean), ("std", std)):
+            if numbers.size not in (1, images.shape[-1]):
+                raise ValueError(
+                    f"images have {images.shape[-1]} channels and this network's {name} {numbers.size}: "
+                    "it is one of other images"
+                )
+        images = (images - mean) / std
         if offsets is None:
             return self.apply(self.params, self.stats, images, train=train, key=key)
         parameters = inspect.signature(self.apply).parameters.values()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import terms
+from ._numerics import checked, finite_number, fraction_from_zero, positive_count, positive_number
 from .projections import Projection
 from .record import Record
 from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at
@@ -54,12 +55,14 @@ class Term(NamedTuple):
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def agreement(record: Record) -> tuple[Array, Array]:
     """The share of images that the student puts into the teacher's class, out of 1."""
     same = record.student.logits.argmax(-1) == record.taught().logits.argmax(-1)
     return same.mean(dtype=jnp.float32), jnp.float32(1.0)
 
 
+@checked
 def relative_accuracy(record: Record) -> tuple[Array, Array]:
     """The student's accuracy on the training batch, out of the teacher's."""
     ours, theirs = (
@@ -114,6 +117,7 @@ class Objective(NamedTuple):
 # --- the default ------------------------------------------------------------------------------------------------------
 
 
+@checked
 def gompertz_objective(
     total_steps: int,
     *,
@@ -145,6 +149,17 @@ def gompertz_objective(
       >>> [term.name for term in gj.gompertz_objective(1000, gradient_weight=0.0).terms]
       ['ce', 'kd', 'wasserstein']
     """
+    total_steps = positive_count("total_steps", total_steps)
+    given = (
+        ("soft_target_weight", soft_target_weight),
+        ("wasserstein_weight", wasserstein_weight),
+        ("gradient_weight", gradient_weight),
+    )
+    soft_target_weight, wasserstein_weight, gradient_weight = (
+        float(finite_number(name, value)) for name, value in given
+    )
+    temperature = float(positive_number("temperature", temperature))
+    label_smoothing = float(fraction_from_zero("label_smoothing", label_smoothing))
     curve = gompertz_schedule(total_steps) if curve is None else curve
 
     def under_curve(coefficient: float) -> Schedule | ByProgress:
@@ -166,8 +181,10 @@ def gompertz_objective(
     return Objective(kept, {"last": Projection()} if wasserstein_weight else {}, progress)
 
 
+@checked
 def student_alone(*, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy only: the baseline, and how a teacher is trained."""
+    label_smoothing = float(fraction_from_zero("label_smoothing", label_smoothing))
     loss = partial(terms.cross_entropy, label_smoothing=label_smoothing)
     return Objective((Term("ce", constant_schedule(1.0), loss, distils=False),))
 

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._numerics import Scalar, compute_dtype, finite_number, fraction, is_traced, positive_count, positive_number
+from ._numerics import (
+    Scalar,
+    checked,
+    compute_dtype,
+    finite_number,
+    fraction,
+    is_traced,
+    positive_count,
+    positive_number,
+)
 
 Schedule: TypeAlias = Callable[[Any], Any]
 """step -> coefficient. Any function that JAX can trace with a scalar step will do, for instance one of Optax's."""
@@ -31,6 +41,7 @@ _SLOW_START = 0.05
 _STEPS_AT_ONCE = 1 << 16
 
 
+@checked
 def gompertz_schedule(
     total_steps: int | np.integer, *, asymptote: Scalar = 1.0, displacement: Scalar = 5.0, rate: Scalar = 8.0
 ) -> Schedule:
@@ -78,6 +89,7 @@ def gompertz_schedule(
     )
 
 
+@checked
 def gompertz_through(
     total_steps: int | np.integer, *, inflection: Scalar, final: Scalar = 0.99, asymptote: Scalar = 1.0
 ) -> Schedule:
@@ -144,6 +156,7 @@ def _gompertz(
     return weight
 
 
+@checked
 def logistic_schedule(
     total_steps: int | np.integer, *, asymptote: Scalar = 1.0, midpoint: Scalar = 0.5, rate: Scalar = 10.0
 ) -> Schedule:
@@ -185,6 +198,7 @@ def logistic_schedule(
     return weight
 
 
+@checked
 def linear_schedule(
     total_steps: int | np.integer,
     *,
@@ -222,6 +236,7 @@ def linear_schedule(
     return _between(total_steps, start, end, since, until, lambda tau: tau)
 
 
+@checked
 def cosine_schedule(
     total_steps: int | np.integer,
     *,
@@ -285,6 +300,7 @@ def _between(
     return weight
 
 
+@checked
 def constant_schedule(value: Scalar) -> Schedule:
     """Weight that is the same at every step.
 
@@ -310,6 +326,7 @@ def constant_schedule(value: Scalar) -> Schedule:
     return weight
 
 
+@checked
 def reversed_schedule(schedule: Schedule, total_steps: int | np.integer) -> Schedule:
     """The same weights in the opposite order: step `t` gets the weight of step `total_steps - 1 - t`.
 
@@ -357,6 +374,7 @@ class ByProgress:
     value: Callable[[Any, Any], Any]
 
 
+@checked
 def by_progress(curve: Schedule) -> ByProgress:
     """The weight that `curve` has at the student's progress: a curve over one "step" is a curve over progress.
 
@@ -401,6 +419,7 @@ def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Sche
     return lambda step: first(step) * second(step)
 
 
+@checked
 def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> float:
     r"""Mean of a schedule over the steps 0 to `total_steps - 1`.
 
@@ -442,6 +461,7 @@ def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: S
     return numerator / denominator
 
 
+@checked
 def matched_constant(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> Schedule:
     """The constant schedule with the same mean weight: the control of equal area.
 
@@ -482,4 +502,11 @@ def _values(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
     # vmap shows the schedule the scalar step that the training step shows it; compile-time evaluation makes this work
     # inside a function that is being traced, too.
     with jax.ensure_compile_time_eval():
-        return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.asarray(steps)), np.float64)
+        return np.asarray(jax.vmap(partial(_one_value, schedule))(jnp.asarray(steps)), np.float64)
+
+
+def _one_value(schedule: Schedule, step: Array) -> Array:
+    weight = schedule(step)
+    if not isinstance(weight, int | float | np.generic | np.ndarray | jax.Array) or jnp.ndim(weight) != 0:
+        raise ValueError(f"schedule and weights must each return one number at a step, got {weight!r:.200}")
+    return jnp.asarray(weight)

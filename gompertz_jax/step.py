@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ._numerics import checked, finite_number, fraction_from_zero, positive_count
 from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, evaluate
-from .projections import init_projections, project
+from .projections import AnyProjection, init_projections, project
 from .record import Leading, Pullback, Record
-from .schedules import Schedule, value_at
+from .schedules import ByProgress, Schedule, value_at
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -62,6 +64,7 @@ class TrainState(NamedTuple):
         return (self.params, self.stats) if self.average is None else self.average
 
 
+@checked
 def init_state(
     student: Network,
     optimizer: optax.GradientTransformation,
@@ -69,7 +72,7 @@ def init_state(
     image_shape: tuple[int, ...],
     *,
     teacher: Network | None = None,
-    key: Array | None = None,
+    key: PRNGKeyArray | None = None,
     moving_average: bool = False,
 ) -> TrainState:
     """The state before the first step.
@@ -86,6 +89,9 @@ def init_state(
     Returns:
       A TrainState at step 0.
     """
+    check_objective(objective)
+    if len([positive_count("image_shape", side) for side in image_shape]) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
     projections, projection_stats = {}, {}
     if objective.projections:
         if teacher is None:
@@ -309,6 +315,7 @@ def _make_pull(
     return pull_variant
 
 
+@checked
 def make_train_step(
     student: Network,
     optimizer: optax.GradientTransformation,
@@ -369,15 +376,16 @@ def make_train_step(
       >>> int(state.step), sorted(name for name in metrics if name.endswith("raw"))
       (3, ['ce/raw', 'gradient/raw', 'kd/raw', 'wasserstein/raw'])
     """
-    if steps_per_dispatch < 1:
-        raise ValueError(f"steps_per_dispatch must be at least 1, got {steps_per_dispatch}")
-    if not 0 <= skip_below < math.inf:
-        raise ValueError(f"skip_below must not be negative, got {skip_below}; 0 never skips")
-    if len({term.name for term in objective.terms}) != len(objective.terms):
-        raise ValueError(f"term names must differ, got {[term.name for term in objective.terms]}")
-    for term in objective.terms:
-        if term.every_k_steps < 1:
-            raise ValueError(f"every_k_steps must be at least 1, got {term.every_k_steps} for the term {term.name!r}")
+    check_objective(objective)
+    steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
+    _check_seed(seed)
+    if average_decay is not None:
+        average_decay = float(fraction_from_zero("average_decay", average_decay))
+    skip_below = float(
+        finite_number(
+            "skip_below", skip_below, legal="0, which never skips, or more", accept=lambda number: number >= 0
+        )
+    )
     if skip_below and any(term.reads_progress() for term in objective.terms):
         raise ValueError(
             f"skip_below = {skip_below}: a step that skips the teacher cannot measure the student's progress, which a "
@@ -392,7 +400,9 @@ def make_train_step(
     pull = _make_pull(student, objective, skip_below, mesh)
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
-        batch = spread_batch(batch_of(data, state.step), mesh)
+        batch = batch_of(data, state.step)
+        _check_batch(batch)
+        batch = spread_batch(batch, mesh)
         pulled = pull(state, teacher, batch, _step_key(seed, state.step))
         gradient = pulled.gradient
         trainable = {"student": state.params, "projections": state.projections}
@@ -445,6 +455,7 @@ def _copied(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, COPIED)
 
 
+@checked
 def make_gradient_report(
     student: Network, objective: Objective, *, seed: int = 0, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Network | None, Batch], Metrics]:
@@ -460,11 +471,14 @@ def make_gradient_report(
       `report(state, teacher, batch) -> {"NAME/gradient_norm": scalar, "NAME/gradient_cosine": scalar}`: of the raw,
       unweighted terms, over the student's parameters. It costs one backward pass a term.
     """
+    check_objective(objective)
+    _check_seed(seed)
     check_mesh(mesh)
     student = student.replace(params=None, stats=None)
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         key = _step_key(seed, state.step)
+        _check_batch(batch)
         batch = spread_batch(batch, mesh)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
@@ -486,6 +500,49 @@ def make_gradient_report(
     return jax.jit(report, out_shardings=_copied(mesh))
 
 
+def check_objective(objective: Objective) -> None:
+    """Refuse an objective with a part that is not what its place asks for, by name.
+
+    Raises:
+      TypeError: a term, a weight, a loss or a projection is of another type.
+      ValueError: there is no term, or two have one name, or a term comes at no step.
+    """
+    if not objective.terms:
+        raise ValueError("objective: there is no term, so there is nothing to learn")
+    for term in objective.terms:
+        if not isinstance(term, Term) or not isinstance(term.name, str) or not callable(term.loss):
+            raise TypeError(f"objective: a term must be a Term with a name and a loss, got {term!r:.200}")
+        for schedule in (term.weight, *term.schedules.values()):
+            if not callable(schedule) and not isinstance(schedule, ByProgress):
+                raise TypeError(f"objective: a weight or schedule of {term.name!r} must be a function of the step")
+        positive_count(f"every_k_steps of the term {term.name!r}", term.every_k_steps)
+    if len({term.name for term in objective.terms}) != len(objective.terms):
+        raise ValueError(f"objective: term names must differ, got {[term.name for term in objective.terms]}")
+    for name, projection in objective.projections.items():
+        if not isinstance(projection, AnyProjection):
+            raise TypeError(f"objective: the projection {name!r} must be one of gompertz_jax.projections")
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r:.200}")
+
+
+def _check_batch(batch: Batch) -> None:
+    """Refuse what is not a batch, in words, before a network meets it."""
+    if not {"image", "label"} <= batch.keys():
+        raise ValueError(f"a batch must have 'image' and 'label', got {', '.join(map(repr, batch))}")
+    image, label = batch["image"], batch["label"]
+    if image.ndim != 4 or 0 in image.shape or not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(
+            f"image must be floats in [0, 1] of the shape [B, h, w, c], not empty, got {image.dtype} {image.shape}"
+        )
+    if label.shape != image.shape[:1] or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise ValueError(
+            f"label must be integers, one per image, of the shape {image.shape[:1]}, got {label.dtype} {label.shape}"
+        )
+
+
 def _step_key(seed: int, step: Array) -> Array:
     """The key of a step's losses; none of those that batches of the same seed are drawn from."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x7E), step)
@@ -503,6 +560,7 @@ class Predictions(NamedTuple):
     cross_entropy: Float[Array, ""]
 
 
+@checked
 def make_eval_step(
     *, batch_size: int = 500, mesh: Mesh | None = None
 ) -> Callable[[Network, Array, Array], Predictions]:
@@ -516,10 +574,16 @@ def make_eval_step(
     Returns:
       `evaluate(network, images, labels) -> Predictions`; images are uint8 or floats in [0, 1], `[N, h, w, c]`, any N.
     """
+    batch_size = positive_count("batch_size", batch_size)
     check_mesh(mesh)
     devices = 1 if mesh is None else mesh.size
 
     def evaluate_split(network: Network, images: Array, labels: Array) -> Predictions:
+        if images.ndim != 4 or 0 in images.shape or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"images and labels must have the shapes [N, h, w, c], not empty, and [N], "
+                f"got {images.shape} and {labels.shape}"
+            )
         count = images.shape[0]
         size = -(-min(batch_size, count) // devices) * devices
         padding = -count % size

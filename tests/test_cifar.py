@@ -5,11 +5,13 @@ import http.server
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +351,68 @@ def test_files_in_an_archive_are_held_to_their_own_checksums(tmp_path, monkeypat
     refused(tmp_path, NAME10, "data_batch_1.bin was altered")
 
 
+class Payload:
+    """What a pickle may do when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_hostile_archive_writes_reads_and_executes_nothing(tmp_path, monkeypatch):
+    """Members outside of the folder, links and devices with the official names first, and a pickle among the files."""
+    outside, executed = tmp_path / "outside", tmp_path / "executed"
+    outside.write_bytes(FILES10["data_batch_1.bin"])
+    folder, stream = "cifar-10-batches-bin", io.BytesIO()
+
+    def add(name, content=b"", kind=tarfile.REGTYPE, link=""):
+        member = tarfile.TarInfo(name)
+        member.size, member.type, member.linkname = len(content), kind, link
+        archive.addfile(member, io.BytesIO(content))
+
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for path in ("../escaped", f"{folder}/../../escaped", str(tmp_path / "escaped"), f"{folder}/sub/../../escaped"):
+            add(path, b"escaped")
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            for target in (str(outside), "../../../outside", "nowhere"):
+                add(f"{folder}/data_batch_1.bin", kind=kind, link=target)
+        add(f"{folder}/test_batch.bin", kind=tarfile.FIFOTYPE)
+        add(f"{folder}/test_batch.bin", kind=tarfile.CHRTYPE)
+        add(f"{folder}/batches.meta", pickle.dumps(Payload(executed)))
+        for name, content in FILES10.items():
+            add(f"{folder}/{name}", content)
+    content = stream.getvalue()
+    use(monkeypatch, url_infos=url_infos(Tiny10.URL, content))
+    (manual(tmp_path) / NAME10).write_bytes(content)
+    monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("something was unpickled"))
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("something was unpickled"))
+    check10(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cifar10_png", "downloads", "outside"}
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
+    assert outside.read_bytes() == FILES10["data_batch_1.bin"]
+
+
+def test_archive_whose_records_are_a_link_lacks_them(tmp_path, monkeypatch):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    use(monkeypatch, url_infos=url_infos(Tiny10.URL, stream.getvalue()))
+    (manual(tmp_path) / NAME10).write_bytes(stream.getvalue())
+    refused(tmp_path, NAME10, "lacks batches.meta.txt, data_batch_1.bin")
+
+
+def test_archive_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    """Zeros compress a thousandfold: what a member has is known before any of it is read."""
+    archive = archived("cifar-10-batches-bin", {**FILES10, "data_batch_1.bin": bytes(50_000)})
+    use(monkeypatch, url_infos=url_infos(Tiny10.URL, archive))
+    (manual(tmp_path) / NAME10).write_bytes(archive)
+    refused(tmp_path, NAME10, "holds data_batch_1.bin of 50,000 bytes, and the largest official file has 21,511")
+
+
 def test_archive_of_another_folder(tmp_path, monkeypatch):
     archive = archived("cifar-10-batches-py", FILES10)
     use(monkeypatch, url_infos=url_infos(Tiny10.URL, archive))
@@ -379,12 +443,15 @@ def prepared(root: Path) -> Path:
     return root / "cifar10_png" / "1.0.0"
 
 
-def test_unfinished_directory_is_not_taken_for_a_set(tmp_path):
+def test_unfinished_directory_is_kept_aside_and_prepared_anew(tmp_path):
     folder = prepared(tmp_path)
     (folder / "dataset_info.json").unlink()
     before = snapshot(folder)
-    refused(tmp_path, str(folder), "is not a prepared data set", "move it away")
-    assert snapshot(folder) == before
+    check10(tmp_path)
+    kept = snapshot(folder.parent / "set_aside" / "1.0.0")
+    assert [*kept.values()] == [*before.values()]
+    shutil.rmtree(tmp_path / "downloads")
+    check10(tmp_path)
 
 
 def shard(folder: Path) -> Path:
@@ -475,6 +542,30 @@ def test_interrupted_preparation_cleans_up(tmp_path, monkeypatch):
         patch.setattr(cifar.Cifar10Png, "_generate_examples", interrupted)
         cifar.prepare("cifar10", data_dir=tmp_path)
     assert list((tmp_path / "cifar10_png").iterdir()) == []
+    check10(tmp_path)
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+    """Each waits in the midst of its preparation until the other is there, too."""
+    put_folder(tmp_path, FILES10)
+    body = """
+import time
+random.seed(0)
+def together(self, split, records):
+    (root / f"started.{os.getpid()}").touch()
+    deadline = time.monotonic() + 60
+    while len(list(root.glob("started.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield from generate(self, split, records)
+generate, cifar.Cifar10Png._generate_examples = cifar.Cifar10Png._generate_examples, together
+cifar.prepare("cifar10", data_dir=root)
+test_cifar.check10(root)
+"""
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda _: script(tmp_path, body), range(2)))
+    assert [(end.returncode, end.stdout, end.stderr) for end in ends] == [(0, "", "")] * 2
+    assert len(list(tmp_path.glob("started.*"))) == 2
+    assert [path.name for path in (tmp_path / "cifar10_png").iterdir()] == ["1.0.0"]
     check10(tmp_path)
 
 

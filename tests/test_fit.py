@@ -8,8 +8,9 @@ from helpers import tiny_config
 import gompertz_jax as gj
 from gompertz_jax.training import fit
 from gompertz_jax.training.data import load
+from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.feed import Feed, Images
-from gompertz_jax.training.sharding import data_mesh
+from gompertz_jax.training.sharding import data_mesh, replicate
 from gompertz_jax.training.writer import read_metrics
 
 
@@ -30,8 +31,13 @@ def linear_apply(params, stats, images, *, train, key=None):
     return gj.Outputs(pooled @ params, (images,), pooled), stats
 
 
-def run(workdir, **changes):
-    """A network that compiles in no time, through the whole loop."""
+def linear_network(seed=None):
+    params = jax.numpy.zeros((64, 10)) if seed is None else jax.random.normal(jax.random.key(seed), (64, 10))
+    return gj.Network(linear_apply, params, {}, 0.0, 1.0)
+
+
+def run(workdir, *, objective=None, teacher=None, seed=0, **changes):
+    """A network that compiles in no time, through the whole loop: dispatches of 3 steps, evaluations at 15, 27, 39."""
     config = tiny_config(**changes)
     dataset, mesh = load("digits", validation=100), data_mesh()
     plan = fit.Plan.of(config.recipe, config, len(dataset.train.labels))
@@ -41,11 +47,11 @@ def run(workdir, **changes):
         plan,
         label="student",
         workdir=workdir,
-        network=gj.Network(linear_apply, jax.numpy.zeros((64, 10)), {}, 0.0, 1.0),
-        objective=gj.student_alone(),
-        teacher=None,
+        network=linear_network(),
+        objective=objective or gj.student_alone(),
+        teacher=teacher,
         data=Images.of(dataset, config.data, mesh),
-        seed=0,
+        seed=seed,
         mesh=mesh,
     )
 
@@ -91,9 +97,11 @@ def test_what_comes_from_the_host_inside_the_loop_is_refused(tmp_path, monkeypat
         run(tmp_path)
 
 
-def test_the_loop_writes_the_same_numbers_wherever_the_images_live(tmp_path):
+def test_the_same_seed_writes_the_same_numbers_wherever_the_images_live_and_another_does_not(tmp_path):
     fitted = [run(tmp_path / place, **{"data.placement": place}) for place in ("device", "host")]
     np.testing.assert_array_equal(*(network.last.params for network in fitted))
+    other = run(tmp_path / "other", seed=1)
+    assert np.abs(other.last.params - fitted[0].last.params).max() > 1e-3
     lines = [
         [
             {key: value for key, value in line.items() if key != "timing"}
@@ -109,3 +117,49 @@ def test_of_equal_evaluations_the_later_one_is_kept(tmp_path):
     config = {"recipe.learning_rate": 1e-30, "recipe.epochs": 2}
     fitted = run(tmp_path, **config)
     assert fitted.best_step == 2 * 13
+
+
+@pytest.mark.parametrize("step", [16, 26])
+def test_what_is_not_finite_ends_the_run_one_dispatch_later_and_is_never_saved(tmp_path, monkeypatch, step):
+    """Step 26 is in the dispatch that ends with an evaluation, which is queued before anything is known of it."""
+    poison = lambda now: jax.numpy.where(now == step, jax.numpy.nan, 1.0)  # noqa: E731
+    objective = gj.Objective((gj.student_alone().terms[0]._replace(weight=poison),))
+    issued, original = [], Feed.__call__
+    monkeypatch.setattr(Feed, "__call__", lambda self, first: issued.append(first) or original(self, first))
+    with pytest.raises(RunError, match=f"the term 'ce' was not finite at step {step}; .*nothing of it saved"):
+        run(tmp_path, objective=objective)
+    assert max(issued) == step // 3 * 3 + 3
+    saved = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert saved == {"15"}
+    lines = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    assert lines == list(range(step + 1))
+
+
+def test_transport_that_does_not_converge_is_counted_and_told_once_and_the_teacher_stays_as_it_was(tmp_path, capsys):
+    """Five iterations suffice at a large epsilon, which the odd steps have, and not at a small one."""
+
+    def transport(record, *, epsilon):
+        x, y = record.student.features[0][..., 0], record.taught().features[0][..., ::-1, 0]
+        distance, health = gj.sinkhorn_distance(x, y, epsilon=epsilon, max_iterations=5, return_diagnostics=True)
+        return distance, {"converged": health.converged * 1.0, "marginal_error": health.marginal_error}
+
+    epsilon = lambda step: jax.numpy.where(step % 2, 10.0, 1e-3)  # noqa: E731
+    one = gj.constant_schedule(1.0)
+    ce, kd = gj.gompertz_objective(13, wasserstein_weight=0.0, gradient_weight=0.0).terms
+    objective = gj.Objective((ce, kd, gj.Term("wasserstein", one, transport, {"epsilon": epsilon})))
+    # On the devices already, so that the arrays that teach are these and no copies.
+    teacher = replicate(linear_network(seed=5), data_mesh())
+    before = [np.array(leaf) for leaf in jax.tree.leaves(teacher)]
+    fitted = run(tmp_path, objective=objective, teacher=teacher, **{"recipe.epochs": 1})
+    assert fitted.not_converged == {"wasserstein": 7}  # of the steps 0 to 12
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    assert [line["wasserstein/converged"] == 1 for line in lines] == [step % 2 == 1 for step in range(13)]
+    assert all((line["wasserstein/marginal_error"] < 1e-3) == (line["step"] % 2 == 1) for line in lines)
+    out = capsys.readouterr().out
+    assert out.count("did not converge") == 1
+    share = 1 - lines[0]["wasserstein/converged"]
+    assert f"warning: at step 0 the transport of {share:.1%} of the images in the term 'wasserstein'" in out
+    assert f"mean marginal error {lines[0]['wasserstein/marginal_error']:.1e}" in out
+    assert "A larger objective.terms.wasserstein.epsilon converges sooner" in out
+    for leaf, was in zip(jax.tree.leaves(teacher), before, strict=True):
+        assert np.asarray(leaf).tobytes() == was.tobytes()

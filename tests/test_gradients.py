@@ -571,7 +571,7 @@ def two(images):
         ),
         (
             lambda: gj.gradient_attention_transfer(two, two, X, jnp.zeros(3, int)),
-            r"labels must have .*, got \(3,\) and \(2, 2\)",
+            r"images and labels must be of the same number, got .* and \(3,\)",
         ),
         (
             lambda: gj.contribution_map(X, X[..., :1]),

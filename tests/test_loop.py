@@ -11,15 +11,17 @@ from helpers import ROOT, small_config, tiny_config, train
 
 from gompertz_jax.training import loop
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.writer import read_metrics
 
 
 def run_config(**changes):
-    """All four terms on the smallest networks, for two epochs."""
+    """All four terms on the smallest networks, for two epochs of small batches: its student learns enough to teach."""
     default = tiny_config().objective.terms
     terms = {f"objective.terms.{name}.weight": default[name].weight for name in ("wasserstein", "gradient")}
+    batches = {"recipe.epochs": 2, "recipe.batch_size": 32}
     # a large epsilon takes few iterations
-    return small_config(**{"recipe.epochs": 2, "objective.terms.wasserstein.epsilon": "1"} | terms | changes)
+    return small_config(**batches | {"objective.terms.wasserstein.epsilon": "1"} | terms | changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((workdir / "result.json").read_text()) == result
     needed = {"dataset", "teacher", "student", "seed", "steps", "teacher_test_accuracy", "test_accuracy_last"}
     assert needed | {"test_accuracy_best", "config", "versions", "commit", "timing"} <= result.keys()
+    assert result["not_converged_steps"] == {}
     assert {"train_seconds", "teacher_seconds", "images_per_second"} <= result["timing"].keys()
     assert result["timing"]["train_seconds"] > 0
     assert result["teacher_test_accuracy"] > 0.5
@@ -91,11 +94,10 @@ def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
     changes = {"teacher.dir": str(tmp_path / "teacher"), "recipe.epochs": 1}
     loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    for name in ("network", "network.json"):
-        path = tmp_path / "teacher" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        source = workdir / name
-        shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
+    network, card = load_network(tmp_path / "teacher"), json.loads((tmp_path / "teacher" / "network.json").read_text())
+    shutil.rmtree(tmp_path / "teacher" / "network")
+    other = network.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(1.0001), network.params))
+    save_network(tmp_path / "teacher", other, card, loop.load("digits", validation=100))
     with pytest.raises(RunError, match="the teacher is not the one"):
         loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
 
@@ -119,6 +121,9 @@ def test_a_trained_network_teaches_another_run(finished, tmp_path):
     workdir, result = finished
     again = loop.train_and_evaluate(run_config(**{"teacher.dir": str(workdir / "teacher")}), tmp_path / "a")
     assert again["test_accuracy_last"] == result["test_accuracy_last"]
+    # The same bits twice in one process; tests/test_reliability.py compares two.
+    networks = [load_network(directory) for directory in (workdir, tmp_path / "a")]
+    jax.tree.map(np.testing.assert_array_equal, *((network.params, network.stats) for network in networks))
     assert metrics_of(tmp_path / "a") == metrics_of(workdir)
     changes = {"teacher.dir": str(workdir), "data.validation": 0, "recipe.moving_average": 0.9, "recipe.epochs": 1}
     student = loop.train_and_evaluate(small_config(**changes), tmp_path / "b")
@@ -140,9 +145,18 @@ def test_a_student_alone_needs_no_teacher_and_a_batch_must_fit_the_data(tmp_path
 
 def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path):
     workdir, _ = finished
-    changes = {"teacher.dir": str(workdir / "teacher"), "recipe.learning_rate": 1e30, "recipe.warmup_epochs": 0.0}
-    with pytest.raises(RunError, match=r"was not finite at step \d+"):
-        loop.train_and_evaluate(run_config(**changes), tmp_path / "run")
+    (tmp_path / "config.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from helpers import small_config\n"
+        "def get_config():\n"
+        f"    return small_config(**{{'teacher.dir': {str(workdir / 'teacher')!r}, 'recipe.warmup_epochs': 0.0}})\n"
+    )
+    done = train(
+        "--config", tmp_path / "config.py", "--workdir", tmp_path / "run", "--config.recipe.learning_rate=1e30"
+    )
+    assert done.returncode == 1
+    assert re.search(r"error: the (term '\w+'|gradient|update) was not finite at step \d+", done.stderr)
+    assert "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert None in metrics_of(tmp_path / "run")[-1].values()  # the failing step itself is on record, and nothing after
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(len(metrics_of(tmp_path / "run"))))

@@ -476,7 +476,7 @@ def test_normalisation_by_mean_and_std():
         ("mobilenetv2", {"stem": "7x7"}, r"stem must be one of \('strided', 'cifar', 'imagenet'\), got '7x7'"),
         ("mobilenetv2", {"width": 0.0}, r"width must lie in \[1/16, 16\], got 0.0"),
         ("resnet20", {"num_classes": 1}, r"num_classes must be an integer of at least 2, got 1"),
-        ("resnet20", {"in_channels": 0}, r"in_channels must be an integer of at least 1, got 0"),
+        ("resnet20", {"in_channels": 0}, r"in_channels must be a positive integer, got 0"),
         ("resnet20", {"dtype": jnp.int32}, r"dtype must be a floating dtype .* got 'int32'"),
         ("resnet20", {"std": 0.0}, r"std must be positive, got 0.0"),
         ("resnet20", {"mean": [0.5, 0.5]}, r"mean must be a finite number or one for each of 3 channels"),

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 import pytest
 from helpers import ROOT, differences, small_config
+from jax.experimental.compilation_cache import compilation_cache
 
 from gompertz_jax.intact import fault
 from gompertz_jax.training import loop
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.workdir import sole_use
 
 
@@ -115,12 +116,100 @@ def test_only_logging_evaluation_and_retention_may_change(whole, copy, capsys):
 
 def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
     changes = {"init_from": str(whole), "teacher.dir": str(whole / "teacher"), "recipe.learning_rate": 1e-30}
+    taught = {path: path.read_bytes() for path in (whole / "teacher").rglob("*") if path.is_file()}
     loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (whole / "teacher").rglob("*") if path.is_file()} == taught
     networks = [load_network(directory) for directory in (whole, tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
     with pytest.raises(RunError, match=r"init_from = '.*teacher': its network has \("):
         loop.train_and_evaluate(small_config(**changes | {"init_from": str(whole / "teacher")}), tmp_path / "other")
     assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_a_compiled_program_that_a_kill_cut_short_is_compiled_again(tmp_path):
+    """Each function below is another one to JAX, and the same program to the cache."""
+
+    def program():
+        return jax.jit(lambda x: jax.numpy.sin(x) * 3 + 1)
+
+    directory = jax.config.jax_compilation_cache_dir
+    try:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        expected = program()(np.float32(0.5))
+        (entry,) = tmp_path.glob("jit__lambda*-cache")
+        for size in (entry.stat().st_size // 2, 0):
+            with entry.open("r+b") as file:
+                file.truncate(size)
+            with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+                assert program()(np.float32(0.5)) == expected
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", directory)
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def edited(folder, **changes):
+    card = json.loads((folder / "network.json").read_text())
+    (folder / "network.json").write_text(json.dumps(card | changes))
+
+
+def rewritten(folder, change):
+    """The same teacher with other arrays, saved as a run would."""
+    dataset = loop.load("digits", validation=100)
+    network = change(load_network(folder), dataset)
+    shutil.rmtree(folder / "network")
+    save_network(folder, network, json.loads((folder / "network.json").read_text()), dataset)
+
+
+def untrained(network, dataset):
+    return loop.network_from(small_config().teacher.to_dict(), dataset, seed=7)
+
+
+def with_nan(network, dataset):
+    params = jax.tree.map(np.array, network.params)
+    jax.tree.leaves(params)[-1].flat[0] = np.nan
+    return network.replace(params=params)
+
+
+def no_checkpoint(folder):
+    shutil.rmtree(folder / "network")
+    (folder / "network").mkdir()
+    (folder / "network" / "model.pt").write_bytes(b"PK\x03\x04 of another program")
+
+
+BAD_TEACHERS = {
+    "class count": (lambda folder: edited(folder, num_classes=12), "the teacher has 12 classes, digits has 10: choose"),
+    "normalisation": (
+        lambda folder: edited(folder, mean=[0.9], std=[0.05]),
+        r"own normalisation \(mean \[0.9\], std \[0.05\]\) and .* with that of digits .* into its network.json",
+    ),
+    "random weights": (
+        lambda folder: rewritten(folder, untrained),
+        r"classifies \d+.\d% of the held-out images, and guessing 10.0%: its weights are untrained, .* teacher.dir",
+    ),
+    "NaN weights": (
+        lambda folder: rewritten(folder, with_nan),
+        r"is broken: 1 of [\d,]+ numbers of \['params'\].* are NaN or infinite; train it again",
+    ),
+    "no checkpoint": (no_checkpoint, "network is damaged or no checkpoint: it has no SHA256SUMS; restore it"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEACHERS)
+def test_a_bad_teacher_is_refused_before_the_first_step_with_a_message_of_its_own(whole, tmp_path, kind):
+    harm, message = BAD_TEACHERS[kind]
+    shutil.copytree(whole / "teacher", tmp_path / "teacher")
+    harm(tmp_path / "teacher")
+    with pytest.raises(RunError, match=message) as caught:
+        loop.train_and_evaluate(small_config(**{"teacher.dir": str(tmp_path / "teacher")}), tmp_path / "run")
+    assert str(tmp_path / "teacher") in str(caught.value) or kind == "class count"
+    assert not {"metrics.jsonl", "checkpoints"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def dataset(validation=True):
 
 
 def brightness(weight=20.0):
-    """A perfect teacher of that data."""
+    """A perfect teacher of that data, without a normalisation."""
 
     def apply(params, stats, images, *, train, key=None):
         level = images.mean((1, 2, 3))[:, None]
@@ -32,6 +32,15 @@ def brightness(weight=20.0):
         return gj.Outputs(-params["weight"] * (level - centres) ** 2, (images,), images.mean((1, 2))), stats
 
     return gj.Network(apply, {"weight": jnp.float32(weight)}, {}, 0.0, 1.0)
+
+
+def of_normalised_images(dimmed=1.0):
+    """A teacher with the data's normalisation: a perfect one, unless it sees the images darker than they are."""
+
+    def apply(params, stats, images, *, train, key=None):
+        return brightness().apply(params, stats, (images * 0.26 + 0.35) * dimmed, train=train)
+
+    return brightness().replace(apply=apply, mean=np.float32([0.35]), std=np.float32([0.26]))
 
 
 @pytest.mark.parametrize("validation", [True, False])
@@ -42,15 +51,28 @@ def test_a_good_teacher_passes_with_its_accuracy(validation):
 @pytest.mark.parametrize(
     ("teacher", "floor", "message"),
     [
-        (brightness(float("nan")), 0.0, "holds NaN or infinity"),
-        (brightness(0.0), 0.0, "guessing 25.0%"),
-        (brightness().replace(std=np.float32(1.6)), 0.9, "under the floor teacher.min_accuracy = 90.0%"),
+        (brightness(float("nan")), 0.0, r"1 of 1 numbers of \['params'\]\['weight'\] are NaN or infinite; train it"),
+        (
+            brightness(0.0),
+            0.0,
+            "classifies 25.0% of the held-out images, and guessing 25.0%: its weights are untrained",
+        ),
+        (of_normalised_images(0.8), 0.9, "75.0% .* under the floor teacher.min_accuracy = 90.0%"),
     ],
     ids=["nan", "untrained", "weak"],
 )
 def test_a_broken_or_weak_teacher_is_refused(teacher, floor, message):
     with pytest.raises(RunError, match=message):
         room.gate(teacher, dataset(), floor=floor, origin="here", mesh=data_mesh())
+
+
+def test_a_normalisation_that_is_not_the_teachers_is_seen_by_its_accuracy():
+    """A teacher of normalised images classifies worse without that; one that is right without passes as it is."""
+    right = of_normalised_images()
+    assert room.gate(right, dataset(), floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+    wrong = right.replace(mean=np.float32([0.0]), std=np.float32([1.0]))
+    with pytest.raises(RunError, match=r"own normalisation \(mean \[0.\], std \[1.\]\) and 100.0% with that of bright"):
+        room.gate(wrong, dataset(), floor=0.0, origin="here", mesh=data_mesh())
 
 
 def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):

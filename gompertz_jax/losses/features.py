@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._numerics import Scalar, finite_number, largest_magnitude, matmul, positive_count, raised, unit_vectors
+from .._numerics import Scalar, checked, finite_number, largest_magnitude, matmul, positive_count, raised, unit_vectors
 
 
+@checked
 def pool_map(
     feature_map: Float[Array, "batch height width channels"], size: int | Sequence[int]
 ) -> Float[Array, "batch pooled_height pooled_width channels"]:
@@ -47,6 +48,7 @@ def pool_map(
     return resample(feature_map, _windows(height, rows), _windows(width, columns))
 
 
+@checked
 def attention_map(
     feature_map: Float[Array, "batch height width channels"], *, power: Scalar = 2.0
 ) -> Float[Array, "batch height width"]:
@@ -86,6 +88,7 @@ def attention_map(
     return unit_vectors(jnp.mean(powers, axis=-1).reshape(batch, -1)).reshape(batch, height, width)
 
 
+@checked
 def attention_transfer(
     student_map: Float[Array, "batch height width channels"], teacher_map: Float[Array, "..."], *, power: Scalar = 2.0
 ) -> Float[Array, " batch"]:
@@ -125,6 +128,7 @@ def attention_transfer(
     return jnp.mean(jnp.square(difference), axis=(1, 2))
 
 
+@checked
 def hint_distance(
     student_map: Float[Array, "batch height width channels"], teacher_map: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -159,6 +163,7 @@ def hint_distance(
     return jnp.mean(jnp.square(student - teacher), axis=(1, 2, 3))
 
 
+@checked
 def neuron_selectivity(
     student_map: Float[Array, "batch height width channels"], teacher_map: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -212,6 +217,7 @@ def neuron_selectivity(
     return kernel(student, student) + kernel(teacher, teacher) - 2.0 * kernel(student, teacher)
 
 
+@checked
 def variational_information(
     student_mean: Float[Array, "batch height width channels"],
     student_variance: Float[Array, "..."],
@@ -257,6 +263,7 @@ def variational_information(
     return 0.5 * jnp.mean(jnp.square(mean - teacher) / variance + jnp.log(variance), axis=(1, 2, 3))
 
 
+@checked
 def hierarchical_context(
     student_map: Float[Array, "batch height width channels"],
     teacher_map: Float[Array, "..."],

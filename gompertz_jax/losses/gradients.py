@@ -5,13 +5,13 @@ A gradient is the pull-back of a cotangent of the logits, `[B, K]`. `top_class`,
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._numerics import compute_dtype, cosine_distance, positive_count, raised
+from .._numerics import checked, compute_dtype, cosine_distance, positive_count, raised
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
 LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch classes"]]
@@ -19,6 +19,7 @@ LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Fl
 _KINDS = ("cosine", "l2", "normalized_l2")
 
 
+@checked
 def input_gradient(
     score_fn: ScoreFn, images: Float[Array, "batch height width channels"]
 ) -> Float[Array, "batch height width channels"]:
@@ -51,7 +52,7 @@ def input_gradient(
     (images,) = raised(images)
 
     def total_score(images: Array) -> Array:
-        (scores,) = raised(score_fn(images))
+        (scores,) = _raised("score_fn", score_fn(images))
         if scores.shape != images.shape[:1]:
             raise ValueError(
                 f"score_fn must return one score per image, shape {images.shape[:1]}, got shape {scores.shape}"
@@ -61,6 +62,7 @@ def input_gradient(
     return jax.grad(total_score)(images)
 
 
+@checked
 def pool_gradient(
     gradient: Float[Array, "batch height width channels"], size: int
 ) -> Float[Array, "batch pooled_height pooled_width channels"]:
@@ -95,6 +97,7 @@ def pool_gradient(
     return jnp.mean(windows, axis=(2, 4))
 
 
+@checked
 def gradient_distance(
     student_gradient: Float[Array, "batch *shape"],
     teacher_gradient: Float[Array, "..."],
@@ -158,6 +161,7 @@ def _check_kind(kind: str) -> None:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
 
 
+@checked
 def gradient_matching(
     student_score_fn: ScoreFn,
     teacher_score_fn: ScoreFn,
@@ -206,6 +210,7 @@ def gradient_matching(
     return gradient_distance(input_gradient(student_score_fn, images), teacher_gradient, kind=kind)
 
 
+@checked
 def top_class(logits: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""The score of the class that a network finds most likely, as a cotangent of the logits.
 
@@ -235,6 +240,7 @@ def top_class(logits: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=compute_dtype(logits))
 
 
+@checked
 def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."]) -> Float[Array, "*batch classes"]:
     r"""The score of the labelled class, as a cotangent of the logits.
 
@@ -268,6 +274,7 @@ def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."
     return jnp.where(((labels >= 0) & (labels < classes))[..., None], one_hot, jnp.nan)
 
 
+@checked
 def cross_entropy_direction(
     logits: Float[Array, "*batch classes"], labels: Int[Array, "..."]
 ) -> Float[Array, "*batch classes"]:
@@ -304,7 +311,8 @@ def cross_entropy_direction(
     return others - label * jnp.sum(others, axis=-1, keepdims=True)
 
 
-def random_direction(logits: Float[Array, "..."], *, key: Array) -> Float[Array, "..."]:
+@checked
+def random_direction(logits: Float[Array, "..."], *, key: PRNGKeyArray) -> Float[Array, "..."]:
     r"""A projection of the logits onto a random vector, as a cotangent of the logits.
 
     .. math:: v = \frac{n}{|n|}, \quad n \sim \mathcal{N}(0, I_K), \qquad E[v v^\top] = I / K
@@ -342,6 +350,7 @@ def _check_logits(logits: Array) -> None:
         raise ValueError(f"logits must have the shape [..., K], got {logits.shape}")
 
 
+@checked
 def jacobian_matching(
     student_fn: LogitsFn, teacher_fn: LogitsFn, images: Float[Array, "batch height width channels"]
 ) -> Float[Array, " batch"]:
@@ -389,8 +398,13 @@ def jacobian_matching(
     return _distance_of_pullbacks(student_fn, teacher_fn, images, direction, kind="normalized_l2")
 
 
+@checked
 def sobolev_matching(
-    student_fn: LogitsFn, teacher_fn: LogitsFn, images: Float[Array, "batch height width channels"], *, key: Array
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: Float[Array, "batch height width channels"],
+    *,
+    key: PRNGKeyArray,
 ) -> Float[Array, " batch"]:
     r"""Squared distance between both networks' Jacobians, projected onto one random direction of the logits.
 
@@ -436,6 +450,7 @@ def sobolev_matching(
     return _distance_of_pullbacks(student_fn, teacher_fn, images, direction, kind="l2")
 
 
+@checked
 def gradient_attention_transfer(
     student_fn: LogitsFn,
     teacher_fn: LogitsFn,
@@ -477,6 +492,8 @@ def gradient_attention_transfer(
       squared one is. The released code (szagoruyko/attention-transfer) has the activation-based form alone, and so no
       beta for this one.
     """
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"images and labels must be of the same number, got {images.shape} and {labels.shape}")
 
     def direction(student_logits: Array, teacher_logits: Array) -> tuple[Array, Array]:
         return cross_entropy_direction(student_logits, labels), cross_entropy_direction(teacher_logits, labels)
@@ -508,12 +525,19 @@ def _distance_of_pullbacks(
 
 
 def _logits(name: str, logits_fn: LogitsFn, images: Array) -> Array:
-    (logits,) = raised(logits_fn(images))
+    (logits,) = _raised(name, logits_fn(images))
     if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         raise ValueError(f"{name} must return logits of the shape ({images.shape[0]}, K), got {logits.shape}")
     return logits
 
 
+def _raised(name: str, returned: Any) -> tuple[Array, ...]:
+    if not isinstance(returned, jax.Array) or not jnp.issubdtype(returned.dtype, jnp.floating):
+        raise TypeError(f"{name} must return an array of floats, got {returned!r:.200}")
+    return raised(returned)
+
+
+@checked
 def contribution_map(
     feature_map: Float[Array, "batch height width channels"], gradient: Float[Array, "..."]
 ) -> Float[Array, "batch height width"]:

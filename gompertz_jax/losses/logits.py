@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._numerics import Scalar, cosine_distance, finite_number, positive_number, raised
+from .._numerics import Scalar, checked, cosine_distance, finite_number, fraction_from_zero, positive_number, raised
 
 
+@checked
 def soft_target_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "... _"],
@@ -51,6 +52,7 @@ def soft_target_kl(
     return jnp.square(temperature) * _divergence(student, teacher)
 
 
+@checked
 def multi_temperature_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "... _"],
@@ -95,6 +97,7 @@ def multi_temperature_kl(
     return sum(rest, start=first)
 
 
+@checked
 def decoupled_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "... _"],
@@ -174,6 +177,7 @@ def _label_and_others(logits: Array, labels: Array) -> tuple[Array, Array]:
     return jnp.concatenate([jnp.take_along_axis(logits, label, axis=-1), rest], axis=-1), others
 
 
+@checked
 def interclass_correlation(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "... _"],
@@ -216,6 +220,7 @@ def interclass_correlation(
     return jnp.square(temperature) * correlation_distance(jax.nn.softmax(student), jax.nn.softmax(teacher))
 
 
+@checked
 def standardize_logits(
     logits: Float[Array, "*batch classes"], *, epsilon: Scalar = 1e-7
 ) -> Float[Array, "*batch classes"]:
@@ -268,6 +273,7 @@ def standardize_logits(
     return scaled / (deviation + jnp.asarray(epsilon, logits.dtype) / largest)
 
 
+@checked
 def cross_entropy(
     logits: Float[Array, "*batch classes"], labels: Int[Array, "..."], *, label_smoothing: Scalar = 0.0
 ) -> Float[Array, "*batch"]:
@@ -299,9 +305,7 @@ def cross_entropy(
       https://arxiv.org/abs/1512.00567.
     """
     _check_labels(labels, logits)
-    smoothing = finite_number(
-        "label_smoothing", label_smoothing, legal="in [0, 1)", accept=lambda number: 0.0 <= number < 1.0
-    )
+    smoothing = fraction_from_zero("label_smoothing", label_smoothing)
     (logits,) = raised(logits)
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     if isinstance(smoothing, float) and smoothing == 0.0:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._numerics import Scalar, matmul, positive_count, positive_number, raised, unit_vectors
+from .._numerics import Scalar, checked, matmul, positive_count, positive_number, raised, unit_vectors
 from .logits import correlation_distance, softened
 
 # Anchors whose differences from the whole batch are held in memory at a time.
@@ -22,6 +22,7 @@ _ANCHORS_AT_ONCE = 16
 _PROBABILITY_FLOOR = 1e-7
 
 
+@checked
 def intraclass_correlation(
     student_logits: Float[Array, "*batch classes"], teacher_logits: Float[Array, "..."], *, temperature: Scalar = 4.0
 ) -> Float[Array, " classes"]:
@@ -60,6 +61,7 @@ def intraclass_correlation(
     return jnp.square(temperature) * correlation_distance(student.T, teacher.T)
 
 
+@checked
 def batch_correlation(
     student_logits: Float[Array, "*batch classes"], teacher_logits: Float[Array, "..."], *, temperature: Scalar = 4.0
 ) -> Float[Array, "*batch"]:
@@ -95,6 +97,7 @@ def batch_correlation(
     return _gram_distance(student, teacher)
 
 
+@checked
 def class_correlation(
     student_logits: Float[Array, "*batch classes"], teacher_logits: Float[Array, "..."], *, temperature: Scalar = 4.0
 ) -> Float[Array, " classes"]:
@@ -132,6 +135,7 @@ def class_correlation(
     return _gram_distance(student.T, teacher.T)
 
 
+@checked
 def similarity_preserving(
     student_features: Float[Array, "batch *shape"], teacher_features: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -168,6 +172,7 @@ def similarity_preserving(
     return jnp.sum(jnp.square(student - teacher), axis=-1) / student.shape[0]
 
 
+@checked
 def correlation_congruence(
     student_features: Float[Array, "batch *shape"],
     teacher_features: Float[Array, "..."],
@@ -227,6 +232,7 @@ def correlation_congruence(
     return jnp.mean(jnp.square(kernel(student) - kernel(teacher)), axis=-1)
 
 
+@checked
 def relational_distance(
     student_features: Float[Array, "batch *shape"], teacher_features: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -267,6 +273,7 @@ def relational_distance(
     return jnp.mean(optax.losses.huber_loss(student - teacher), axis=-1)
 
 
+@checked
 def relational_angle(
     student_features: Float[Array, "batch *shape"], teacher_features: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -319,6 +326,7 @@ def relational_angle(
     return _over_anchors(value_at, student, teacher)
 
 
+@checked
 def probabilistic_transfer(
     student_features: Float[Array, "batch *shape"], teacher_features: Float[Array, "..."]
 ) -> Float[Array, " batch"]:
@@ -363,6 +371,7 @@ def probabilistic_transfer(
     return jnp.mean(p * (jnp.log(p + _PROBABILITY_FLOOR) - jnp.log(q + _PROBABILITY_FLOOR)), axis=-1)
 
 
+@checked
 def contrastive_representation(
     student_embeddings: Float[Array, "batch *width"],
     teacher_embeddings: Float[Array, "..."],

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .._numerics import Scalar, matmul, positive_count, positive_number, raised, unit_vectors
+from .._numerics import Scalar, checked, matmul, positive_count, positive_number, raised, unit_vectors
 from ._sinkhorn import Transport, resolvable, solve
 
 Cost = str | Callable[[Array, Array], Array]
@@ -65,6 +65,7 @@ def sinkhorn_distance(
 ) -> tuple[Float[Array, "*batch"], SinkhornDiagnostics]: ...
 
 
+@checked
 def sinkhorn_distance(
     x: Float[Array, "*batch points width"],
     y: Float[Array, "..."],
@@ -194,6 +195,7 @@ def class_sinkhorn_distance(
 ) -> tuple[Float[Array, "*batch"], SinkhornDiagnostics]: ...
 
 
+@checked
 def class_sinkhorn_distance(
     x: Float[Array, "*batch points width"],
     y: Float[Array, "..."],
@@ -465,6 +467,7 @@ def wasserstein_logits(
 ) -> tuple[Float[Array, "*batch"], SinkhornDiagnostics]: ...
 
 
+@checked
 def wasserstein_logits(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "..."],
@@ -584,6 +587,7 @@ def _transport_of_weights(
     return scale * solution.value, scale * solution.potentials, diagnostics
 
 
+@checked
 def target_cross_entropy(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "..."],
@@ -638,6 +642,7 @@ def _check_logits(student: Array, teacher: Array, labels: Array | None) -> None:
         )
 
 
+@checked
 def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1.0) -> Float[Array, "classes classes"]:
     r"""How far apart classes are for a teacher: the cost for `wasserstein_logits`.
 
@@ -689,6 +694,7 @@ def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1
     )
 
 
+@checked
 def gaussian_wasserstein(x: Float[Array, "*batch points width"], y: Float[Array, "..."]) -> Float[Array, "*batch"]:
     r"""Squared 2-Wasserstein distance between two clouds, taken as Gaussians with diagonal covariance.
 
@@ -743,6 +749,7 @@ def _standard_deviation(x: Array) -> Array:
     return jnp.where(is_constant, 0.0, jnp.sqrt(jnp.where(is_constant, 1.0, variance)))
 
 
+@checked
 def wasserstein_gaussians(
     student_map: Float[Array, "batch h w c"],
     teacher_map: Float[Array, "..."],
@@ -814,11 +821,12 @@ def wasserstein_gaussians(
     return jnp.mean(jnp.stack(cells), axis=0)
 
 
+@checked
 def sliced_wasserstein(
     x: Float[Array, "*batch points width"],
     y: Float[Array, "..."],
     *,
-    key: Array,
+    key: PRNGKeyArray,
     num_projections: int = 64,
 ) -> Float[Array, "*batch"]:
     r"""Mean over random directions of the squared 2-Wasserstein distance between the projected clouds.

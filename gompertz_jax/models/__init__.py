@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._numerics import checked, positive_count
 from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
 from .layers import Draws
@@ -71,11 +72,12 @@ def names() -> tuple[str, ...]:
     return tuple(_RECIPES)
 
 
+@checked
 def create(
     name: str,
     *,
     num_classes: int,
-    key: Array,
+    key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
     in_channels: int = 3,
     mean: ArrayLike | Sequence[float] = 0.0,
@@ -158,10 +160,14 @@ def create(
         if option not in defaults:
             legal = ", ".join(defaults) or "none"
             raise ValueError(f"{option}: {name} has no such option (got {options[option]!r}); its options: {legal}")
-    num_classes = _at_least(2, "num_classes", num_classes)
-    in_channels = _at_least(1, "in_channels", in_channels)
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if positive_count("num_classes", num_classes) < 2:
+        raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
+    num_classes, in_channels = int(num_classes), positive_count("in_channels", in_channels)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype!r:.200}") from error
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name!r}")
     chosen = tuple(sorted({**defaults, **options}.items()))
     apply, init = _functional(name, num_classes, in_channels, dtype, chosen)
@@ -278,14 +284,11 @@ def _functional(
     return apply, init
 
 
-def _at_least(least: int, argument: str, value: int) -> int:
-    if value != int(value) or value < least:
-        raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
-    return int(value)
-
-
 def _per_channel(argument: str, value: ArrayLike | Sequence[float], channels: int) -> np.ndarray:
-    array = np.asarray(value, np.float32)
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{argument} must be a number or one for each channel, got {value!r:.200}") from error
     if array.shape not in ((), (channels,)) or not np.isfinite(array).all():
         raise ValueError(f"{argument} must be a finite number or one for each of {channels} channels, got {value!r}")
     return array

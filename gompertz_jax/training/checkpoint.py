@@ -256,9 +256,12 @@ def load_arrays(directory: Path, template: PyTree) -> PyTree:
       RunError: there is no such directory, it is damaged, it does not fit the template, or it cannot be read.
     """
     if not on_main(directory.is_dir):
-        raise RunError(f"{directory} does not exist, or is no directory")
+        raise RunError(
+            f"{directory} is no checkpoint: it does not exist, or is no directory; restore it from a copy, or give the "
+            "workdir of a finished run"
+        )
     if reason := on_main(lambda: fault(directory)):
-        raise RunError(f"{directory} is damaged: {reason}; restore it from a copy, with its {SUMS}")
+        raise RunError(f"{directory} is damaged or no checkpoint: {reason}; restore it from a copy, with its {SUMS}")
     try:
         return ocp.load(directory.absolute(), _abstract(template))
     except Exception as error:

@@ -7,9 +7,10 @@ Where the images come from, in this order, below TFDS's `data_dir`:
 3. the folder that this archive unpacks to, in `downloads/manual/` (`cifar-10-batches-bin/`);
 4. TFDS's download manager, which asks the official address unless it has the archive already.
 
-2 to 4 go through the same builder and leave 1 behind. Archives are held to the checksums that TFDS keeps; the files in
+2 to 4 go through the same builder and leave 1 behind; a directory that should be 1 and was never finished is moved into
+`set_aside/` beside it and prepared anew. Archives are held to the checksums that TFDS keeps; the files in
 them, and at every reading the images themselves written back as those files, to the checksums below. So whatever the
-way, what `read` returns is CIFAR bit for bit, in the official order. Nothing that was found is changed or removed.
+way, what `read` returns is CIFAR bit for bit, in the official order. Nothing that was found is removed.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ from tensorflow_datasets.image_classification import cifar
 
 from .errors import DataError
 from .images import Split, check_labels
+from .intact import set_aside
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -230,16 +232,22 @@ def read(name: str, split: str, *, data_dir: str | os.PathLike | None = None) ->
 
 
 def _prepared(builder_class: type[Cifar10Png], root: str | None) -> tfds.core.DatasetBuilder | None:
-    """The module's own set if it is there; a directory of its name with anything else in it is an error."""
+    """The module's own set if it is there and finished; what is there and was never finished is moved aside."""
     builder = _builder(builder_class, root)
-    if not builder.data_path.exists():
-        return None
-    if not builder.is_prepared():
-        raise DataError(
-            f"{builder.data_dir} is not a prepared data set: it has no dataset_info.json; "
-            "move it away, and the set is prepared anew"
-        )
-    return builder
+    if builder.is_prepared():
+        return builder
+    path = Path(builder.data_dir)
+    if path.exists():
+        try:
+            logging.warning("%s was never finished (no dataset_info.json); it is kept as %s", path, set_aside(path))
+        except FileNotFoundError:  # another preparation did the same
+            pass
+        except OSError as error:
+            raise DataError(
+                f"{path} is not a prepared data set: it has no dataset_info.json, and cannot be moved away "
+                f"({error.strerror}); move it away, and the set is prepared anew"
+            ) from error
+    return None
 
 
 def _stock(builder_class: type[Cifar10Png], root: str | None) -> tfds.core.DatasetBuilder | None:
@@ -319,15 +327,28 @@ def _unreachable(url: str) -> object | None:
 
 
 def _from_archive(builder: Cifar10Png, archive: Path) -> dict[str, bytes]:
-    """The files in the archive's folder. Unpacked here, since TFDS would do it with TensorFlow."""
+    """The files in the archive's folder, into memory: nothing is written, whatever paths the archive names.
+
+    Links and devices are passed over, and so is what the official archive does not have, unless it poses as records.
+    Unpacked here, since TFDS would do it with TensorFlow.
+    """
     files = {}
+    largest = max(file.records for of_split in builder.FILES.values() for file in of_split) * (
+        len(builder.LABELS) + _PIXELS
+    )
     try:
         with tarfile.open(archive, mode="r:gz") as members:
             for member in members:
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
-                content = members.extractfile(member) if folder == builder.FOLDER else None
-                if content is not None:
-                    files[name] = content.read()
+                if folder != builder.FOLDER or not member.isreg() or not _wanted(builder, name):
+                    continue
+                if member.size > largest + 1:
+                    raise DataError(
+                        f"{archive} holds {name} of {member.size:,} bytes, and the largest official file has "
+                        f"{largest:,}; remove it and fetch {builder.URL} again"
+                    )
+                content: Any = members.extractfile(member)
+                files[name] = content.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{archive} cannot be unpacked: {error}; remove it and fetch {builder.URL} again") from error
     return files
@@ -336,13 +357,14 @@ def _from_archive(builder: Cifar10Png, archive: Path) -> dict[str, bytes]:
 def _from_folder(builder: Cifar10Png, folder: Path) -> dict[str, bytes]:
     """The files of records in a folder, all of them, and the lists of names."""
     try:
-        return {
-            path.name: path.read_bytes()
-            for path in folder.iterdir()
-            if path.suffix == ".bin" or path.name in builder.LABELS.values()
-        }
+        return {path.name: path.read_bytes() for path in folder.iterdir() if _wanted(builder, path.name)}
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error}; unpack {builder.URL} there again") from error
+
+
+def _wanted(builder: Cifar10Png, name: str) -> bool:
+    """Records, also those that the official archive does not have and is refused for, and lists of names."""
+    return name.endswith(".bin") or name in builder.LABELS.values()
 
 
 def _verified(

@@ -167,14 +167,55 @@ def check_recipe(recipe: Config, where: str) -> None:
         require(0 < recipe.factor <= 1, "factor", "must lie in (0, 1]")
 
 
+# Groups whose keys are the user's.
+OPEN = ("student.options", "teacher.options", "objective.terms", "objective.projections")
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, ml_collections.ConfigDict)
+
+
+def check_types(config: Config, default: Config, prefix: str = "") -> None:
+    """Refuse a config with a key too few, a key too many, or one of another type than its default."""
+    if unknown := [key for key in config if key not in default]:
+        raise RunError(f"{prefix}{unknown[0]} is no key of a config; there are {', '.join(default)}")
+    for key, usual in default.items():
+        place = f"{prefix}{key}"
+        if key not in config:
+            raise RunError(f"{place} is missing: begin with gompertz_jax.training.config.get_default()")
+        value, wanted = config[key], type(usual)
+        if _is_group(usual):
+            if not _is_group(value):
+                raise RunError(f"{place} = {value!r:.200}: must be a group of keys")
+            if place not in OPEN:
+                check_types(value, usual, f"{place}.")
+        elif type(value) not in {float: (float, int), tuple: (tuple, list)}.get(wanted, (wanted,)):
+            raise RunError(f"{place} = {value!r:.200}: must be of type {wanted.__name__}")
+
+
+def check_values(key: str, value: Any) -> None:
+    """Refuse what JSON cannot hold: a config is kept with its run, and compared with that."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            check_values(key, inner)
+    elif type(value) not in (bool, int, float, str, type(None)):
+        raise RunError(f"{key} = {value!r:.200}: must be a number, a text, or a tuple of these")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RunError(f"{key} = {value}: must be finite")
+    elif type(value) is int and abs(value) >= 2**63:
+        raise RunError(f"{key} is an integer of {value.bit_length()} bits: must lie within 64")
+
+
 def check(config: Config) -> None:
     """Refuse a config whose values cannot be right, before anything is loaded or computed."""
     from ..models import names
     from .data import check_name
 
+    if not _is_group(config):
+        raise RunError(f"config = {config!r:.200}: must be a ConfigDict from get_default()")
+    check_types(config, get_default())
     for key, value in _leaves(config.to_dict()):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RunError(f"{key} = {value}: must be finite")
+        check_values(key, value)
     check_name(config.data.name)
     if config.data.image_size < 0:
         raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")

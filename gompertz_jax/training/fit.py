@@ -42,6 +42,7 @@ from .stop import Stop
 from .teacher import fingerprint
 from .writer import METRICS, MetricsWriter, Progress, lines_until, read_metrics
 
+MOST_STEPS = 10_000_000  # the schedules' values at every step are looked at beforehand
 PROJECTIONS = 0x50  # folded into the seed, so that projections, weights and batches draw from different keys
 
 
@@ -58,12 +59,16 @@ class Plan(NamedTuple):
         """The plan of `recipe` for `count` images; its steps are a multiple of a dispatch's, so one program serves all.
 
         Raises:
-          RunError: the batch is larger than the training set.
+          RunError: the batch is larger than the training set, or the steps are more than MOST_STEPS.
         """
         if recipe.batch_size > count:
             raise RunError(f"batch_size = {recipe.batch_size} exceeds the {count:,} training images")
         per_epoch = count // recipe.batch_size
         steps = per_epoch * recipe.epochs
+        if steps > MOST_STEPS:
+            raise RunError(
+                f"epochs = {recipe.epochs:,} of {per_epoch:,} steps are more than {MOST_STEPS:,} steps: take fewer"
+            )
         dispatch = next(n for n in range(min(config.steps_per_dispatch, steps), 0, -1) if steps % n == 0)
         return cls(steps, per_epoch, dispatch, per_epoch * config.evaluate_every_epochs)
 

@@ -59,6 +59,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
       RunError: something its user can change; mostly before any work is done.
       Stopped: SIGTERM or SIGINT came, and what was under way is saved.
     """
+    if not isinstance(workdir, str | os.PathLike):
+        raise RunError(f"workdir = {workdir!r:.200}: must be a path")
     workdir = Path(workdir).expanduser()
     with Stop() as stop:
         return _train_and_evaluate(config, workdir, stop)
@@ -171,7 +173,10 @@ def begun_from(directory: Path, student: Network) -> Network:
     Raises:
       RunError: there is no such network, or its weights have other shapes.
     """
-    trained = load_network(directory)
+    try:
+        trained = load_network(directory)
+    except RunError as error:
+        raise RunError(f"init_from = {str(directory)!r}: {error}") from error
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path((net.params, net.stats))}
         for net in (trained, student)

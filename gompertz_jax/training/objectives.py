@@ -121,8 +121,8 @@ def parse_schedule(
 
     def fail(reason: str) -> RunError:
         return RunError(
-            f"{where} = {text!r}: {reason}. Write a number, one of {', '.join(_CURVES)} with keyword arguments, "
-            f"reversed(...), matched(...), progress(...), curve, or a product such as '0.5 * curve'"
+            f"{where} = {text!r:.200}: {reason:.500}. Write a number, one of {', '.join(_CURVES)} with keyword "
+            "arguments, reversed(...), matched(...), progress(...), curve, or a product such as '0.5 * curve'"
         )
 
     def by_the_clock(name: str, node: ast.expr, length: int) -> Schedule:
@@ -155,14 +155,16 @@ def parse_schedule(
                     raise fail(f"the arguments of {name} must be numbers") from None
                 try:
                     return _CURVES[name](length, **arguments)
-                except TypeError:
+                except TypeError as error:
                     legal = list(inspect.signature(_CURVES[name]).parameters)[1:]
+                    if arguments.keys() <= {*legal}:
+                        raise fail(str(error)) from None
                     raise fail(f"{name} takes {', '.join(legal)}, got {', '.join(map(str, arguments))}") from None
         raise fail(f"cannot read {ast.unparse(node)!r}")
 
     try:
         return build(ast.parse(str(text), mode="eval").body, total_steps)
-    except SyntaxError:
+    except (SyntaxError, RecursionError, MemoryError):  # the latter two from brackets and products without end
         raise fail("is not an expression") from None
     except RunError:
         raise
@@ -222,7 +224,7 @@ def _term(
     if "loss" not in options:
         raise RunError(f"{where} lacks loss; there are {', '.join(LOSSES)}")
     loss_name = options.pop("loss")
-    if loss_name not in LOSSES:
+    if not isinstance(loss_name, str) or loss_name not in LOSSES:
         raise RunError(f"{where}.loss = {loss_name!r} is unknown; there are {', '.join(LOSSES)}")
     loss = LOSSES[loss_name]
     weight_text = options.pop("weight", loss.weight)
@@ -255,7 +257,7 @@ def _term(
     if "projection" in legal:
         options.setdefault("projection", parameters["projection"].default)
     stages = options.get("stages", ())
-    if len(stages) not in (0, 2):
+    if not isinstance(stages, tuple | list) or len(stages) not in (0, 2) or any(type(i) is not int for i in stages):
         raise RunError(f"{where}.stages = {stages!r} must be empty or (student stage, teacher stage)")
     if loss_name == "cross_entropy":
         options.setdefault("label_smoothing", config.recipe.label_smoothing)
@@ -273,6 +275,8 @@ def _term(
 
 def _projection(name: str, default: Any, specs: Config, loss_name: str, where: str) -> Any:
     """The projection `name`, as the loss reads it, with what the config says of it."""
+    if not isinstance(name, str):
+        raise RunError(f"{where}.projection = {name!r} must be the name of one of objective.projections")
     if name not in specs:
         if name != inspect.signature(LOSSES[loss_name].term).parameters["projection"].default:
             raise RunError(

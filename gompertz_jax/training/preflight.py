@@ -80,7 +80,9 @@ def check_projections(objective: Objective, student: Outputs, teacher: Outputs) 
             for pair in projection.stages(student, teacher):
                 _check_stages(pair, student, teacher, where)
             jax.eval_shape(lambda key, p=projection: p.init(key, student, teacher), jax.random.key(0))
-        except ValueError as error:
+        except RunError:
+            raise
+        except Exception as error:  # whatever an option leads to
             raise RunError(f"{where}: {error}") from error
 
 
@@ -131,8 +133,9 @@ def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None,
         alone = Objective((term,), objective.projections)
         try:
             jax.eval_shape(lambda s, t, alone=alone: evaluate(alone, record(s, t), 0, 0.0).raw, student, teacher)
-        except (IndexError, TypeError, ValueError) as error:
-            raise RunError(f"objective.terms.{term.name} cannot be computed: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever an option leads to
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"objective.terms.{term.name} cannot be computed: {reason}") from error
 
 
 def stages(shapes: Outputs) -> str:
@@ -250,14 +253,20 @@ def _projection_shapes(objective: Objective, student: Outputs, teacher: Outputs)
 def _pairs(options: Mapping[str, Any], term: Term, student: Outputs, teacher: Outputs) -> Sequence[tuple[int, int]]:
     """The stages that a term without projection joins."""
     parameters = inspect.signature(term.loss).parameters
-    if "pairs" in parameters:
-        pairs = stage_pairs(options.get("pairs", ()), student, teacher)
-    elif "student_stage" in parameters:
-        pairs = [(options.get("student_stage", -1), options.get("teacher_stage", -1))]
-    else:
-        pairs = [term.gradient_stages] if term.gradient_stages else []
-    for pair in pairs:
-        _check_stages(pair, student, teacher, f"objective.terms.{term.name}")
+    where = f"objective.terms.{term.name}"
+    try:
+        if "pairs" in parameters:
+            pairs = stage_pairs(options.get("pairs", ()), student, teacher)
+        elif "student_stage" in parameters:
+            pairs = [(options.get("student_stage", -1), options.get("teacher_stage", -1))]
+        else:
+            pairs = [term.gradient_stages] if term.gradient_stages else []
+        for pair in pairs:
+            _check_stages(pair, student, teacher, where)
+    except RunError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{where}: its stages must be whole numbers, in pairs (student, teacher): {error}") from error
     return pairs
 
 

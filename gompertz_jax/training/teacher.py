@@ -22,6 +22,8 @@ from .sharding import on_main, replicate
 from .writer import read_json, write_json
 
 GATE_IMAGES = 5000
+GUESSING = 2.0  # times 1 / classes: what untrained networks reach by chance, on a hundred images too
+OTHER_NORMALISATION = 0.05  # a teacher that gains this much with the data's normalisation has a wrong one
 
 
 def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Network:
@@ -41,7 +43,7 @@ def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Net
             std=dataset.std,
             **spec["options"],
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever an option leads to
         raise RunError(f"model {spec['model']!r} with options {dict(spec['options'])}: {error}") from error
 
 
@@ -142,19 +144,44 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
       Its accuracy.
 
     Raises:
-      RunError: a weight is not finite, the accuracy is that of guessing, or it is under the floor.
+      RunError: a weight is not finite; the accuracy is better with the data's normalisation than with the teacher's
+        own, is that of guessing, or is under the floor.
     """
-    for path, leaf in jax.tree.leaves_with_path((teacher.params, teacher.stats)):
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise RunError(f"the teacher of {origin} is broken: {jax.tree_util.keystr(path)} holds NaN or infinity")
+    for path, leaf in jax.tree.leaves_with_path({"params": teacher.params, "stats": teacher.stats}):
+        broken = int((~np.isfinite(np.asarray(leaf))).sum())
+        if broken:
+            raise RunError(
+                f"the teacher of {origin} is broken: {broken:,} of {leaf.size:,} numbers of "
+                f"{jax.tree_util.keystr(path)} are NaN or infinite; train it again, or give another teacher.dir"
+            )
     split = held_out(dataset)
-    classes = make_eval_step(mesh=mesh)(*replicate((teacher, *split), mesh)).classes
-    accuracy = float(np.mean(np.asarray(classes) == split.labels))
+    evaluate = make_eval_step(mesh=mesh)
+
+    def accuracy_of(network: Network) -> float:
+        classes = evaluate(*replicate((network, *split), mesh)).classes
+        return float(np.mean(np.asarray(classes) == split.labels))
+
+    accuracy = accuracy_of(teacher)
+    normalised = np.asarray(teacher.mean), np.asarray(teacher.std)
+    usual = tuple(
+        np.broadcast_to(np.asarray(numbers, own.dtype), own.shape or (len(numbers),))
+        for own, numbers in zip(normalised, (dataset.mean, dataset.std), strict=True)
+    )
+    if not all(np.allclose(own, data, atol=1e-2) for own, data in zip(normalised, usual, strict=True)):
+        otherwise = accuracy_of(teacher.replace(mean=usual[0], std=usual[1]))
+        if otherwise > accuracy + OTHER_NORMALISATION:
+            own, data = (f"mean {np.round(mean, 4)}, std {np.round(std, 4)}" for mean, std in (normalised, usual))
+            raise RunError(
+                f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images with its own normalisation "
+                f"({own}) and {otherwise:.1%} with that of {dataset.name} ({data}): its own is not the one that it was "
+                f"trained with; put the right mean and std into its {CARD}"
+            )
     chance = 1.0 / dataset.num_classes
-    if accuracy <= 1.5 * chance:
+    if accuracy <= GUESSING * chance:
         raise RunError(
             f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, and guessing {chance:.1%}: "
-            f"its weights are untrained, or its normalisation or classes are not those of {dataset.name}"
+            f"its weights are untrained, or its classes are in another order than those of {dataset.name}; give a "
+            "teacher.dir with a network trained on it, or none, and one is trained"
         )
     if accuracy < floor:
         raise RunError(
