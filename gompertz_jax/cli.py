@@ -124,6 +124,7 @@ def _preview(parsed: argparse.Namespace) -> None:
 
 def _config(file: str, overrides: Sequence[str]) -> Any:
     """The config of a file, changed as train.py changes it."""
+    import ml_collections
     from absl import flags
     from ml_collections import config_flags
 
@@ -133,6 +134,8 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
         rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"--config: {' '.join(str(error).split())}") from error
+    if not isinstance(config.value, ml_collections.ConfigDict):  # what stands for a file that cannot be read
+        raise ValueError(f"--config: {file} cannot be read as a config")
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; overrides are written --config.key=value")
     return config.value

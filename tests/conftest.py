@@ -8,6 +8,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("gompertz_jax", "beartype.beartype")
 
+collect_ignore = ["torch_networks.py"]  # imports torch, which is for test_import_torch.py to look for
+
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 

@@ -161,7 +161,7 @@ def rewritten(folder, change):
     dataset = loop.load("digits", validation=100)
     network = change(load_network(folder), dataset)
     shutil.rmtree(folder / "network")
-    save_network(folder, network, json.loads((folder / "network.json").read_text()), dataset)
+    save_network(folder, network, json.loads((folder / "network.json").read_text()))
 
 
 def untrained(network, dataset):
