@@ -134,6 +134,18 @@ def test_other_names_are_refused(tmp_path, name):
         tensor_files.read_state_dict(write_zip(tmp_path / "a.pth", {"a": Record(name)}, {}))
 
 
+def test_a_file_cannot_write_into_what_it_names(tmp_path):
+    """BUILD sets attributes of an object; of a function of ours they would stay for every later file."""
+    for (module, name), known in tensor_files._KNOWN.items():
+        named = f"c{module}\n{name}\n".encode()
+        for state in (b"}U\x04markK\x01s", b"N}U\x04markK\x01s\x86"):  # for __dict__, for slots
+            with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+                archive.writestr("any/data.pkl", b"\x80\x02" + named + state + b"b.")
+            with pytest.raises(ValueError, match="cannot be read as tensors"):
+                tensor_files.read_state_dict(tmp_path / "a.pth")
+            assert not hasattr(known, "mark"), name
+
+
 def test_what_is_no_file_of_tensors_is_refused(tmp_path):
     path, a = tmp_path / "a.pth", np.arange(6, dtype=np.float32)
     cases = {
