@@ -252,12 +252,14 @@ def test_logits_are_pytorchs(name, tmp_path):
     imported = torch_layouts.from_state_dict(tensor_files.read_state_dict(tmp_path / "a.pth"), bare)
     assert imported.layout == {"tv": "torchvision", "timm": "timm"}.get(name.split("_")[0], "repdistiller")
     images = np.random.default_rng(0).uniform(size=(2, 64 if classes == 1000 else 32, 64 if classes == 1000 else 32, 3))
-    images = images.astype(np.float32)
+    images = (images * [[[[1.0]]], [[[0.2]]]]).astype(np.float32)  # a bright one and a dark one
     normalised = (images - np.asarray(imported.network.mean)) / np.asarray(imported.network.std)
     with torch.no_grad():
         expected = model(torch.from_numpy(normalised).permute(0, 3, 1, 2)).numpy()
     logits = np.asarray(forward(imported.network, jnp.asarray(images)))
-    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    largest = np.abs(expected).max()
+    assert np.abs(expected[0] - expected[1]).max() > 1e-2 * largest  # or equal logits would say nothing of the images
+    assert np.abs(logits - expected).max() < 1e-4 * largest
 
 
 @needs_torch
