@@ -209,6 +209,19 @@ def test_missing_unexpected_and_mismatched_tensors_are_told_at_once():
     ]
 
 
+@pytest.mark.parametrize("stem", ["strided", "cifar", "imagenet"])
+def test_a_stem_that_shapes_cannot_tell_is_taken_as_given(stem):
+    shapes = jax.eval_shape(
+        lambda key: gj.models.create("mobilenetv2", num_classes=100, key=key, stem=stem), jax.random.key(0)
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    tensors = torch_layouts.to_state_dict(zeros, "mobilenetv2", {"stem": stem})
+    options = {"stem": stem, "width": 0.5}
+    imported = torch_layouts.from_state_dict(tensors, "mobilenetv2", mean=0.5, std=0.25, options=options)
+    assert imported.card["options"] == options
+    assert imported.layout == ("torchvision" if stem == "imagenet" else "repdistiller")
+
+
 def test_normalisation_is_known_from_the_layout_or_asked_for():
     known = torch_layouts.from_state_dict(state(100), "resnet8")
     np.testing.assert_allclose(known.network.mean, [0.5071, 0.4867, 0.4408])
