@@ -134,6 +134,18 @@ def test_other_names_are_refused(tmp_path, name):
         tensor_files.read_state_dict(write_zip(tmp_path / "a.pth", {"a": Record(name)}, {}))
 
 
+def test_a_file_cannot_write_into_what_it_names(tmp_path):
+    """BUILD sets attributes of an object; of a function of ours they would stay for every later file."""
+    for (module, name), known in tensor_files._KNOWN.items():
+        named = f"c{module}\n{name}\n".encode()
+        for state in (b"}U\x04markK\x01s", b"N}U\x04markK\x01s\x86"):  # for __dict__, for slots
+            with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+                archive.writestr("any/data.pkl", b"\x80\x02" + named + state + b"b.")
+            with pytest.raises(ValueError, match="cannot be read as tensors"):
+                tensor_files.read_state_dict(tmp_path / "a.pth")
+            assert not hasattr(known, "mark"), name
+
+
 def test_what_is_no_file_of_tensors_is_refused(tmp_path):
     path, a = tmp_path / "a.pth", np.arange(6, dtype=np.float32)
     cases = {
@@ -197,6 +209,19 @@ def test_missing_unexpected_and_mismatched_tensors_are_told_at_once():
     ]
 
 
+@pytest.mark.parametrize("stem", ["strided", "cifar", "imagenet"])
+def test_a_stem_that_shapes_cannot_tell_is_taken_as_given(stem):
+    shapes = jax.eval_shape(
+        lambda key: gj.models.create("mobilenetv2", num_classes=100, key=key, stem=stem), jax.random.key(0)
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    tensors = torch_layouts.to_state_dict(zeros, "mobilenetv2", {"stem": stem})
+    options = {"stem": stem, "width": 0.5}
+    imported = torch_layouts.from_state_dict(tensors, "mobilenetv2", mean=0.5, std=0.25, options=options)
+    assert imported.card["options"] == options
+    assert imported.layout == ("torchvision" if stem == "imagenet" else "repdistiller")
+
+
 def test_normalisation_is_known_from_the_layout_or_asked_for():
     known = torch_layouts.from_state_dict(state(100), "resnet8")
     np.testing.assert_allclose(known.network.mean, [0.5071, 0.4867, 0.4408])
@@ -240,12 +265,14 @@ def test_logits_are_pytorchs(name, tmp_path):
     imported = torch_layouts.from_state_dict(tensor_files.read_state_dict(tmp_path / "a.pth"), bare)
     assert imported.layout == {"tv": "torchvision", "timm": "timm"}.get(name.split("_")[0], "repdistiller")
     images = np.random.default_rng(0).uniform(size=(2, 64 if classes == 1000 else 32, 64 if classes == 1000 else 32, 3))
-    images = images.astype(np.float32)
+    images = (images * [[[[1.0]]], [[[0.2]]]]).astype(np.float32)  # a bright one and a dark one
     normalised = (images - np.asarray(imported.network.mean)) / np.asarray(imported.network.std)
     with torch.no_grad():
         expected = model(torch.from_numpy(normalised).permute(0, 3, 1, 2)).numpy()
     logits = np.asarray(forward(imported.network, jnp.asarray(images)))
-    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+    largest = np.abs(expected).max()
+    assert np.abs(expected[0] - expected[1]).max() > 1e-2 * largest  # or equal logits would say nothing of the images
+    assert np.abs(logits - expected).max() < 1e-4 * largest
 
 
 @needs_torch

@@ -42,3 +42,7 @@ def test_each_kind_of_network_teaches_and_learns(trained, section):
     assert metrics["kd/raw"][-10:].mean() < metrics["kd/raw"][:10].mean()
     before, after = (jax.tree.leaves((network.params, network.stats)) for network in (networks[section], student))
     assert all(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    # In evaluation an image's logits are its own: statistics of the batch would tell.
+    images = jax.random.uniform(jax.random.key(0), (5, 8, 8, 1))
+    evaluate = jax.jit(lambda images: student.forward(images, train=False)[0].logits[0])
+    np.testing.assert_allclose(evaluate(images), evaluate(images.at[1:].set(0)), rtol=1e-5, atol=1e-5)

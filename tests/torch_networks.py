@@ -304,6 +304,9 @@ def build(name, classes, seed=0):
     else:
         model = ShuffleNet(int(bare[-1]), classes)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # PyTorch's own default is smaller: behind fifty layers logits would no longer depend on the image.
+            nn.init.kaiming_normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
                 (module.weight, 0.5, 1.5),

@@ -101,50 +101,68 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Dict(dict):
-    """An OrderedDict without the attributes that PyTorch gives it."""
+class _Inert:
+    """What a name in a pickle stands for: a class and no function.
+
+    A pickle can write into the object that it has named (BUILD): into a function's attributes, for the whole process.
+    Of these classes and of their instances it finds this method first, which changes nothing.
+    """
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _Ignored:
+class _Dict(_Inert, dict):
+    """An OrderedDict without the attributes that PyTorch gives it."""
+
+
+class _Ignored(_Inert):
     """What training programs keep beside the weights (settings, scores): taken in, and left unread."""
 
     def __new__(cls, *_: Any) -> "_Ignored":
         return super().__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+
+class _Rebuilt(_Inert):
+    def __new__(cls, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
+        numbers = (offset, *size, *stride)
+        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("a tensor in it is not described by a storage and sizes")
+        return _Tensor(storage, offset + storage.offset, tuple(size), tuple(stride))
+
+
+class _Parameter(_Inert):
+    def __new__(cls, tensor: Any, *_: Any) -> Any:
+        return tensor
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _Rebuilt,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuilt,
+    ("torch._utils", "_rebuild_parameter"): _Parameter,
+    ("argparse", "Namespace"): _Ignored,
+    ("numpy", "dtype"): _Ignored,
+    ("numpy.core.multiarray", "scalar"): _Ignored,
+    ("numpy._core.multiarray", "scalar"): _Ignored,
+    ("_codecs", "encode"): _Ignored,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+}
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BufferedIOBase):
         super().__init__(file, encoding="utf-8")
-        # Nothing here can do anything but make one of the records above. They are bound methods, tuples and classes
-        # with a __setstate__ of their own, on which a pickle's BUILD has nothing to change.
         self.dtypes: dict[str, str] = {}  # of every storage, also of those that are not read
-        self._known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): _Dict,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-            ("argparse", "Namespace"): _Ignored,
-            ("numpy", "dtype"): _Ignored,
-            ("numpy.core.multiarray", "scalar"): _Ignored,
-            ("numpy._core.multiarray", "scalar"): _Ignored,
-            ("_codecs", "encode"): _Ignored,
-            **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-        }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._known:
+        if (module, name) not in _KNOWN:
             raise ValueError(
                 f"it names {module}.{name}, which is neither a tensor nor a plain container, so it was not read "
                 "further; save the state dict alone: torch.save(model.state_dict(), FILE)"
             )
-        return self._known[module, name]
+        return _KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, _, *view = pid
@@ -152,15 +170,6 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"it refers to something other than a storage of numbers ({kind!r})")
         self.dtypes[str(key)] = dtype
         return _Storage(str(key), dtype, view[0][1] if view and view[0] else 0)
-
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
-        numbers = (offset, *size, *stride)
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError("a tensor in it is not described by a storage and sizes")
-        return _Tensor(storage, offset + storage.offset, tuple(size), tuple(stride))
-
-    def _parameter(self, tensor: Any, *_: Any) -> Any:
-        return tensor
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:

@@ -57,7 +57,9 @@ def layouts(model: str, options: Mapping[str, Any]) -> tuple[Layout, ...]:
         tables = Layout("repdistiller", _mobilenet_tables)
         imagenet = {"stem": "imagenet", "width": 1.0}
         others = (Layout("torchvision", _mobilenet_torchvision, imagenet), Layout("timm", _mobilenet_timm, imagenet))
-        return (*others, tables) if options.get("stem") == "imagenet" else (tables, *others)
+        if options.get("stem") == "imagenet":
+            return (*others, tables)
+        return (tables,) if "stem" in options else (tables, *others)  # theirs have no other stem
     if model in ("resnet18", "resnet34", "resnet50"):
         tables = Layout("repdistiller", _resnet("shortcut", "linear"))
         others = (Layout("torchvision", _resnet("downsample", "fc")),)  # timm names them likewise
