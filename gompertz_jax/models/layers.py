@@ -152,6 +152,15 @@ class Linear(nnx.Module):
         return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
 
 
+def in_turn(
+    module: nnx.Module, names: Sequence[str], x: Float[Array, "batch height width channels"], *, train: bool
+) -> Float[Array, "batch _ _ filters"]:
+    """What a module's blocks of these names make of a map, one after the other."""
+    for name in names:
+        x = getattr(module, name)(x, train=train)
+    return x
+
+
 def one_per_map(offsets: Sequence[Array | None] | None, maps: int) -> Sequence[Array | None]:
     """The offset of every map that a network records, None where there is none; see `gompertz_jax.Network`."""
     if offsets is None:

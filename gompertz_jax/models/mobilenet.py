@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
-from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean, one_per_map, shifted
+from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean, in_turn, one_per_map, shifted
 from .resnet import ConvNorm
 
 # (expansion, channels at width 1, blocks) of the seven groups; table 2 of the paper
@@ -116,8 +116,7 @@ class MobileNetV2(nnx.Module):
         x = shifted(relu(self.stem(x, train=train)), next(ahead))
         features = [x]
         for index, names in enumerate(self.groups):
-            for name in names:
-                x = getattr(self, name)(x, train=train)
+            x = in_turn(self, names, x, train=train)
             if index in _STAGE_ENDS:
                 x = shifted(x, next(ahead))
                 features.append(x)

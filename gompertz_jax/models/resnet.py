@@ -6,13 +6,14 @@ shape changes, the shortcut is a 1x1 convolution with normalisation.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
-from .layers import BatchNorm, Conv, Draws, Linear, global_mean, max_pool_3x3, one_per_map, shifted
+from .layers import BatchNorm, Conv, Draws, Linear, global_mean, in_turn, max_pool_3x3, one_per_map, shifted
 
 STEMS = ("cifar", "imagenet")
 
@@ -73,6 +74,31 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(self.expand(x, train=train) + residual)
 
 
+def add_stages(
+    network: nnx.Module,
+    block: Any,
+    channels: int,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    *,
+    draws: Draws,
+) -> tuple[tuple[str, ...], ...]:
+    """Give a network its residual blocks, all stages but the first beginning at stride 2; returns their names by stage.
+
+    `block` is a class of blocks, with its `expansion` of the width.
+    Names rather than an nnx.List: params then nest by strings only, which every checkpoint and optax label takes.
+    """
+    stages = []
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+        names = [f"stage{stage}_block{index}" for index in range(1, depth + 1)]
+        for name in names:
+            stride = 2 if stage > 1 and name == names[0] else 1
+            setattr(network, name, block(channels, width, stride=stride, draws=draws))
+            channels = block.expansion * width
+        stages.append(tuple(names))
+    return tuple(stages)
+
+
 class ResNet(nnx.Module):
     """A stem, then stages of residual blocks; every stage but the first halves height and width.
 
@@ -109,18 +135,8 @@ class ResNet(nnx.Module):
         self.pool_stem = stem == "imagenet"
         kernel_size, stride = (7, 2) if self.pool_stem else (3, 1)
         self.stem = ConvNorm(in_channels, channels, kernel_size, stride=stride, draws=draws)
-        # Names rather than an nnx.List: params then nest by strings only, which every checkpoint and optax label takes.
-        stages = []
-        for stage, (depth, width) in enumerate(zip(depths, stage_widths, strict=True), start=1):
-            names = []
-            for index in range(1, depth + 1):
-                names.append(f"stage{stage}_block{index}")
-                stride = 2 if stage > 1 and index == 1 else 1
-                setattr(self, names[-1], block(channels, width, stride=stride, draws=draws))
-                channels = block.expansion * width
-            stages.append(tuple(names))
-        self.stages = tuple(stages)
-        self.head = Linear(channels, num_classes, draws=draws)
+        self.stages = add_stages(self, block, channels, depths, stage_widths, draws=draws)
+        self.head = Linear(block.expansion * stage_widths[-1], num_classes, draws=draws)
 
     def __call__(
         self,
@@ -136,8 +152,7 @@ class ResNet(nnx.Module):
         x = shifted(x, stem_offset)
         features = [x]
         for names, offset in zip(self.stages, stage_offsets, strict=True):
-            for name in names:
-                x = getattr(self, name)(x, train=train)
+            x = in_turn(self, names, x, train=train)
             x = shifted(x, offset)
             features.append(x)
         pooled = global_mean(x)

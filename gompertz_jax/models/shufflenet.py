@@ -20,6 +20,7 @@ from .layers import (
     Linear,
     channel_shuffle,
     global_mean,
+    in_turn,
     mean_pool_3x3,
     one_per_map,
     shifted,
@@ -153,8 +154,7 @@ class ShuffleNet(nnx.Module):
         x = shifted(jax.nn.relu(self.stem(x, train=train)), next(ahead))
         features = [x]
         for names in self.stages:
-            for name in names:
-                x = getattr(self, name)(x, train=train)
+            x = in_turn(self, names, x, train=train)
             x = shifted(x, next(ahead))
             features.append(x)
         if has_last:

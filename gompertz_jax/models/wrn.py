@@ -11,11 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
-from .layers import BatchNorm, Conv, Draws, Linear, global_mean, one_per_map, shifted
+from .layers import BatchNorm, Conv, Draws, Linear, global_mean, in_turn, one_per_map, shifted
+from .resnet import add_stages
 
 
 class PreactivationBlock(nnx.Module):
     """Twice normalisation, ReLU and a 3x3 convolution, beside a shortcut."""
+
+    expansion = 1
 
     def __init__(self, channels: int, width: int, *, stride: int, draws: Draws):
         self.first_norm = BatchNorm(channels)
@@ -52,18 +55,10 @@ class WideResNet(nnx.Module):
     def __init__(self, depth: int, widen: int, *, num_classes: int, in_channels: int, draws: Draws):
         channels = 16
         self.stem = Conv(in_channels, channels, 3, draws=draws)
-        stages = []
-        for stage, width in enumerate((16 * widen, 32 * widen, 64 * widen), start=1):
-            names = []
-            for index in range(1, (depth - 4) // 6 + 1):
-                names.append(f"stage{stage}_block{index}")
-                stride = 2 if stage > 1 and index == 1 else 1
-                setattr(self, names[-1], PreactivationBlock(channels, width, stride=stride, draws=draws))
-                channels = width
-            stages.append(tuple(names))
-        self.stages = tuple(stages)
-        self.last_norm = BatchNorm(channels)
-        self.head = Linear(channels, num_classes, draws=draws)
+        depths, widths = ((depth - 4) // 6,) * 3, (16 * widen, 32 * widen, 64 * widen)
+        self.stages = add_stages(self, PreactivationBlock, channels, depths, widths, draws=draws)
+        self.last_norm = BatchNorm(widths[-1])
+        self.head = Linear(widths[-1], num_classes, draws=draws)
 
     def __call__(
         self,
@@ -78,8 +73,7 @@ class WideResNet(nnx.Module):
         for names in self.stages:
             x = shifted(x, next(ahead))
             features.append(x)
-            for name in names:
-                x = getattr(self, name)(x, train=train)
+            x = in_turn(self, names, x, train=train)
         x = shifted(jax.nn.relu(self.last_norm(x, train=train)), next(ahead))
         pooled = global_mean(x)
         return Outputs(self.head(pooled), (*features, x), pooled)
