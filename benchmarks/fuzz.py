@@ -42,7 +42,7 @@ import helpers  # noqa: E402
 import test_extremes as extremes  # noqa: E402
 
 import gompertz_jax as gj  # noqa: E402
-from gompertz_jax.training import loop  # noqa: E402
+from gompertz_jax.training import data, loop  # noqa: E402
 from gompertz_jax.training.errors import RunError  # noqa: E402
 from gompertz_jax.training.objectives import LOSSES  # noqa: E402
 
@@ -358,7 +358,7 @@ def main():
     # Everything before the first work is the real thing; drawing weights and asking git are work.
     loop.claim_workdir, loop.provenance = accept, dict
     loop.network_from = lambda spec, dataset, *, seed: loop.network_shapes(spec, dataset)
-    loop.load = functools.cache(loop.load)
+    data.load = functools.cache(data.load)
     tried, faults = {}, 0
     with tempfile.TemporaryDirectory(prefix="gompertz_jax_fuzz_") as directory:
         kinds = {

@@ -20,7 +20,7 @@ from .models import tensor_files, torch_layouts
 from .network import Network
 from .step import as_unit_interval, make_eval_step
 from .training.checkpoint import read_state, saved_steps
-from .training.data import Dataset, load
+from .training.data import Dataset, of_config
 from .training.errors import RunError
 from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
@@ -141,14 +141,7 @@ def export_student(
     if not (workdir / CONFIG).is_file():
         raise RunError(f"{workdir} holds no run (no {CONFIG})")
     config = read_json(workdir / CONFIG)
-    data = config["data"]
-    dataset = load(
-        data["name"],
-        data_dir=data["data_dir"] or None,
-        validation=data["validation"],
-        split_seed=data["split_seed"],
-        image_size=data["image_size"],
-    )
+    dataset = of_config(config["data"])
     student = read_student(workdir, dataset, step=step)
     label = "selected" if student.step is None else str(student.step)
     out = workdir / "export" / f"{format}-{label}" if out is None else Path(out).expanduser()

@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, small_config, tiny_config, train
 
 from gompertz_jax.training import loop
+from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.writer import read_metrics
@@ -78,7 +79,7 @@ def test_equal_seeds_of_teacher_and_student_give_different_weights_and_batches(f
     """Also where both are the same network: nothing they have in common may come from the random numbers."""
     workdir, result = finished
     assert result["seed"] == result["config"]["teacher"]["seed"]
-    dataset = loop.load("digits", validation=100)
+    dataset = load("digits", validation=100)
     spec = result["config"]["student"]
     seeds = result["seed"], loop.student_seed(result["seed"])
     params = [loop.network_from(spec, dataset, seed=seed).params for seed in seeds]

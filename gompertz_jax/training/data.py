@@ -139,6 +139,21 @@ def load(
     )
 
 
+def of_config(data: Any) -> Dataset:
+    """The data set that the group `data` of a config names, or the dict of one that was saved.
+
+    Raises:
+      DataError: as `load`.
+    """
+    return load(
+        data["name"],
+        data_dir=data["data_dir"] or None,
+        validation=data["validation"],
+        split_seed=data["split_seed"],
+        image_size=data["image_size"],
+    )
+
+
 def check_name(name: str) -> None:
     """Refuse what is no data set's name.
 

@@ -21,7 +21,7 @@ from . import config as config_module
 from . import preflight
 from .compilation import keep_compiled
 from .config import Config
-from .data import Dataset, load
+from .data import Dataset, of_config
 from .errors import RunError
 from .feed import Images
 from .fit import Fitted, Plan, fit
@@ -88,15 +88,7 @@ def _run(
     """What there is to do once the workdir is this run's alone."""
     mesh = data_mesh()
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
-    dataset = together(
-        lambda: load(
-            config.data.name,
-            data_dir=config.data.data_dir or None,
-            validation=config.data.validation,
-            split_seed=config.data.split_seed,
-            image_size=config.data.image_size,
-        )
-    )
+    dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objective = build_objective(config, plan.steps)

@@ -1,7 +1,7 @@
 """Images of one's own: a folder of them, NumPy arrays in a file, or any TFDS data set of images with labels."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,12 @@ def read(
       DataError: something is missing, damaged, of several sizes, or not an image; says what and what to do.
     """
     form, _, place = name.partition(":")
-    readers: dict[str, Callable[..., tuple[Split, tuple[str, ...]]]] = {
-        "folder": _folder, "arrays": _arrays, "tfds": _tfds,
-    }  # fmt: skip
-    found, names = readers[form](place, split, data_dir=data_dir, image_size=image_size, like=like)
+    if form == "folder":
+        found, names = _folder(place, split, image_size=image_size, grey=None if like is None else like[-1] == 1)
+    elif form == "arrays":
+        found, names = _arrays(place, split, image_size=image_size)
+    else:
+        found, names = _tfds(place, split, image_size=image_size, data_dir=data_dir)
     if not len(found.labels):
         raise DataError(f"{name} has no image in its split {split!r}")
     check_labels(found.labels, len(names), source=f"{name}, {split}")
@@ -72,9 +74,7 @@ def read(
     return found, names
 
 
-def _folder(
-    place: str, split: str, *, data_dir: Any, image_size: int, like: tuple[int, ...] | None
-) -> tuple[Split, tuple[str, ...]]:
+def _folder(place: str, split: str, *, image_size: int, grey: bool | None) -> tuple[Split, tuple[str, ...]]:
     root = Path(place).expanduser()
     folders = {part: root / part for part in ("train", "test")}
     for part, folder in folders.items():
@@ -99,7 +99,8 @@ def _folder(
         more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
         raise DataError(f"folder:{place}: cannot be read: {'; '.join(broken[:LISTED])}{more}; repair or remove them")
     pictures = [picture for picture in opened if not isinstance(picture, str)]
-    grey = all(picture.mode in _GREY for picture in pictures) if like is None else like[-1] == 1
+    if grey is None:
+        grey = all(picture.mode in _GREY for picture in pictures)
     images = _stacked((picture.convert("L" if grey else "RGB") for picture in pictures), paths, image_size, place)
     return Split(images, np.array(labels, np.int32)), names
 
@@ -136,9 +137,7 @@ def _sized(picture: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) if side else picture
 
 
-def _arrays(
-    place: str, split: str, *, data_dir: Any, image_size: int, like: tuple[int, ...] | None
-) -> tuple[Split, tuple[str, ...]]:
+def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[str, ...]]:
     path = Path(place).expanduser()
     needed = [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
     try:
@@ -179,7 +178,7 @@ def _arrays(
 
 
 def _tfds(
-    place: str, split: str, *, data_dir: Any, image_size: int, like: tuple[int, ...] | None
+    place: str, split: str, *, image_size: int, data_dir: str | os.PathLike | None
 ) -> tuple[Split, tuple[str, ...]]:
     import tensorflow_datasets as tfds
 
