@@ -9,12 +9,11 @@ import numpy as np
 
 from .schedules import ByProgress
 from .training.config import Config, check
-from .training.objectives import build_objective, parse_schedule, sampled
+from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
 from .training.optim import learning_rate
 
 # Schedules are functions of the fraction of training: how many steps an epoch has only says how finely they are read.
 STEPS_PER_EPOCH = 100
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
 
 
@@ -47,7 +46,7 @@ def read(values: np.ndarray, rates: np.ndarray) -> Reading:
     fastest = np.flatnonzero(speed >= speed.max() - noise) if direction != "constant" else np.array([0])
     inner = direction != "constant" and fastest[0] > 0 and fastest[-1] < last - 1 and np.ptp(fastest) < 0.05 * last
     return Reading(
-        corners=tuple(float(values[round(part * last)]) for part in PARTS),
+        corners=corners(values),
         area=float(values.mean()),
         weighted_area=float((values * rates).sum() / rates.sum()),
         direction=direction,
@@ -94,19 +93,16 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
             if ours is None:
                 warnings.append(f"{name}: only the control has it")
                 continue
-            for what, a, b in (("area", ours.area, theirs.area), ("weighted area", *_weighted(ours, theirs))):
+            for area in ("area", "weighted_area"):
+                a, b = getattr(ours, area), getattr(theirs, area)
                 if abs(a - b) > 0.01 * max(abs(a), abs(b)):
-                    warnings.append(f"{name}: {what} {a:.4g}, the control's is {b:.4g}")
+                    warnings.append(f"{name}: {area.replace('_', ' ')} {a:.4g}, the control's is {b:.4g}")
     return Preview(
         values,
         readings,
         frozenset(name for name, schedule in schedules.items() if isinstance(schedule, ByProgress)),
         warnings,
     )
-
-
-def _weighted(ours: Reading, theirs: Reading) -> tuple[float, float]:
-    return ours.weighted_area, theirs.weighted_area
 
 
 def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int) -> Any:

@@ -20,10 +20,10 @@ from ._numerics import checked, finite_number, fraction_from_zero, positive_coun
 from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
-from .objective import Objective, Term, evaluate
-from .projections import AnyProjection, init_projections, project
+from .objective import Objective, Term, check_objective, evaluate
+from .projections import init_projections, project
 from .record import Leading, Pullback, Record
-from .schedules import ByProgress, Schedule, value_at
+from .schedules import Schedule, value_at
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -498,29 +498,6 @@ def make_gradient_report(
         return metrics
 
     return jax.jit(report, out_shardings=_copied(mesh))
-
-
-def check_objective(objective: Objective) -> None:
-    """Refuse an objective with a part that is not what its place asks for, by name.
-
-    Raises:
-      TypeError: a term, a weight, a loss or a projection is of another type.
-      ValueError: there is no term, or two have one name, or a term comes at no step.
-    """
-    if not objective.terms:
-        raise ValueError("objective: there is no term, so there is nothing to learn")
-    for term in objective.terms:
-        if not isinstance(term, Term) or not isinstance(term.name, str) or not callable(term.loss):
-            raise TypeError(f"objective: a term must be a Term with a name and a loss, got {term!r:.200}")
-        for schedule in (term.weight, *term.schedules.values()):
-            if not callable(schedule) and not isinstance(schedule, ByProgress):
-                raise TypeError(f"objective: a weight or schedule of {term.name!r} must be a function of the step")
-        positive_count(f"every_k_steps of the term {term.name!r}", term.every_k_steps)
-    if len({term.name for term in objective.terms}) != len(objective.terms):
-        raise ValueError(f"objective: term names must differ, got {[term.name for term in objective.terms]}")
-    for name, projection in objective.projections.items():
-        if not isinstance(projection, AnyProjection):
-            raise TypeError(f"objective: the projection {name!r} must be one of gompertz_jax.projections")
 
 
 def _check_seed(seed: int) -> None:

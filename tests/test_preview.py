@@ -8,6 +8,7 @@ from scipy.special import exp1
 from gompertz_jax import cli
 from gompertz_jax import preview as room
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.objectives import PARTS
 
 
 def config(curve="gompertz(displacement=5, rate=8)", **changes):
@@ -17,7 +18,7 @@ def config(curve="gompertz(displacement=5, rate=8)", **changes):
 def test_the_default_curve_is_read_in_closed_form():
     shown = room.preview(config())
     reading = shown.readings["curve"]
-    tau = np.array(room.PARTS)
+    tau = np.array(PARTS)
     np.testing.assert_allclose(reading.corners, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
     np.testing.assert_allclose(reading.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
     np.testing.assert_allclose(reading.steepest, np.log(5) / 8, atol=2e-3)

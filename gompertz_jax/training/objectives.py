@@ -179,6 +179,14 @@ def sampled(schedule: Schedule | ByProgress, total_steps: int) -> np.ndarray:
     return np.broadcast_to(np.asarray(values), (total_steps,))
 
 
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a person is shown a schedule
+
+
+def corners(values: np.ndarray) -> tuple[float, ...]:
+    """The values of a sampled schedule at these parts of it."""
+    return tuple(float(values[round(part * (len(values) - 1))]) for part in PARTS)
+
+
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 

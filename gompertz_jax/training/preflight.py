@@ -18,7 +18,7 @@ from ..schedules import ByProgress
 from ..step import output_shapes
 from .data import Dataset
 from .errors import RunError
-from .objectives import sampled
+from .objectives import corners, sampled
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -208,9 +208,9 @@ def describe(
     check_terms(objective, ours, theirs, image_shape)
     for term in objective.terms:
         weights = sampled(term.weight, steps)
-        corners = ", ".join(f"{weights[round(part * (steps - 1))]:.3g}" for part in (0, 0.25, 0.5, 0.75, 1))
+        shown = ", ".join(f"{value:.3g}" for value in corners(weights))
         of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
-        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {corners}{mean}"))
+        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {shown}{mean}"))
     epochs = steps * batch_size / len(dataset.train.labels)
     share = f" ({batch_size // devices} a device)" if devices > 1 else ""
     taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
