@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,32 @@ def load_tree(directory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without a template it says that one would be better
         return orbax.load(directory.absolute())
+
+
+def config_source(**changes):
+    """A config file of `small_config`, whose dispatches take as long as the environment's SECONDS_A_DISPATCH says."""
+    return f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers import small_config
+from gompertz_jax.training.feed import Feed
+
+def get_config():
+    return small_config(**{changes!r})
+
+def slowly(self, step, call=Feed.__call__):
+    time.sleep(float(os.environ.get("SECONDS_A_DISPATCH", "0")))
+    return call(self, step)
+
+Feed.__call__ = slowly
+"""
+
+
+def until(condition, process, *, seconds=240):
+    """Wait until something holds, the process has ended, or for so long."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def train(*arguments, timeout=300, **options):

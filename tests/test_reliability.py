@@ -14,12 +14,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, differences, small_config
+from helpers import ROOT, config_source, differences, small_config, until
 from jax.experimental.compilation_cache import compilation_cache
 
 from gompertz_jax.intact import fault
 from gompertz_jax.training import loop
 from gompertz_jax.training.checkpoint import Checkpoints
+from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.workdir import sole_use
@@ -158,7 +159,7 @@ def edited(folder, **changes):
 
 def rewritten(folder, change):
     """The same teacher with other arrays, saved as a run would."""
-    dataset = loop.load("digits", validation=100)
+    dataset = load("digits", validation=100)
     network = change(load_network(folder), dataset)
     shutil.rmtree(folder / "network")
     save_network(folder, network, json.loads((folder / "network.json").read_text()))
@@ -261,28 +262,12 @@ def test_a_disk_that_is_full_or_read_only_costs_nothing_that_was_saved(
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-SMALL = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from helpers import small_config
-from gompertz_jax.training.feed import Feed
-
-def slowly(self, step, call=Feed.__call__):
-    time.sleep(float(os.environ.get("SECONDS_A_DISPATCH", "0")))
-    return call(self, step)
-
-Feed.__call__ = slowly
-
-def get_config():
-    return small_config()
-"""
-
 
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     """A config file of the same run."""
     path = tmp_path_factory.mktemp("config") / "small.py"
-    path.write_text(SMALL)
+    path.write_text(config_source())
     return path
 
 
@@ -292,12 +277,6 @@ def start(config, workdir, log, *more, **environment):
     with log.open("a") as output:
         environment = {**os.environ, **environment}
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def until(condition, process, *, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
 
 
 def test_a_workdir_is_one_run_s_alone_while_that_lives(small_file, tmp_path):

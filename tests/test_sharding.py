@@ -7,14 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight_devices import CASES
-from helpers import ROOT, tiny_config
+from helpers import ROOT, config_source, small_config, tiny_config, until
 
 from gompertz_jax.training import loop, sharding
 from gompertz_jax.training.errors import RunError
@@ -193,22 +192,10 @@ def test_a_first_process_that_never_appears_is_told_in_one_line(monkeypatch):
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
-CONFIG = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from helpers import small_config
-from gompertz_jax.training.feed import Feed
-
-def get_config():
-    rates = {{"recipe.learning_rate": 0.05, "teacher.recipe.learning_rate": 0.05}}  # larger ones magnify rounding
-    return small_config(**rates | {{"steps_per_dispatch": 13, "recipe.epochs": 2}})
-
-def slowly(self, step, call=Feed.__call__):
-    time.sleep(float(os.environ.get("SECONDS_A_DISPATCH", "0")))
-    return call(self, step)
-
-Feed.__call__ = slowly
-"""
+# Larger rates magnify rounding.
+CHANGES = {
+    "recipe.learning_rate": 0.05, "teacher.recipe.learning_rate": 0.05, "steps_per_dispatch": 13, "recipe.epochs": 2,
+}  # fmt: skip
 
 
 def free_port():
@@ -242,13 +229,10 @@ def ended(processes, *, timeout):
 def test_two_processes_train_stop_and_resume_together_as_one(tmp_path):
     """The second one is asked to stop while the teacher trains: both do, at the same step, and go on to the end."""
     config, log, run = tmp_path / "config.py", tmp_path / "log", tmp_path / "two"
-    config.write_text(CONFIG)
+    config.write_text(config_source(**CHANGES))
     log.mkdir()
     started = start_two(config, run, log, SECONDS_A_DISPATCH="0.5")
-    deadline = time.monotonic() + 240
-    first = run / "teacher/checkpoints/13/SHA256SUMS"
-    while not first.exists() and started[0].poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until((run / "teacher/checkpoints/13/SHA256SUMS").exists, started[0])
     started[1].send_signal(signal.SIGTERM)
     codes = ended(started, timeout=30)
     said = [(log / f"{process}.log").read_text() for process in range(2)]
@@ -267,9 +251,7 @@ def test_two_processes_train_stop_and_resume_together_as_one(tmp_path):
     spoken = [line for line in said[1].splitlines() if "[Gloo]" not in line]
     assert len(spoken) == 1 and spoken[0].startswith("SIGTERM: finishing and saving")
 
-    namespace = {}
-    exec(CONFIG, namespace)
-    one = loop.train_and_evaluate(namespace["get_config"](), tmp_path / "one")
+    one = loop.train_and_evaluate(small_config(**CHANGES), tmp_path / "one")
     two = json.loads((run / "result.json").read_text())
     for key in ("teacher_test_accuracy", "test_accuracy_last", "test_accuracy_best"):
         assert two[key] == pytest.approx(one[key], abs=0.01)
