@@ -12,8 +12,9 @@ from .training.config import Config, check
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
 from .training.optim import learning_rate
 
-# Schedules are functions of the fraction of training: how many steps an epoch has only says how finely they are read.
-STEPS_PER_EPOCH = 100
+# Schedules are functions of the fraction of training: the steps only say how finely they are read. `check` takes as many,
+# so that what is compiled for it serves here too.
+STEPS = 1000
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
 
 
@@ -78,13 +79,14 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
       RunError: a value or a schedule of the config that a run would refuse.
     """
     check(config)
-    steps = config.recipe.epochs * STEPS_PER_EPOCH
-    rates = np.asarray(learning_rate(config.recipe, steps_per_epoch=STEPS_PER_EPOCH)(np.arange(steps)))
-    schedules: dict[str, Any] = {"curve": parse_schedule(config.objective.curve, steps, where="objective.curve")}
-    for term in build_objective(config, steps).terms:
+    # The learning rate is one of epochs, which have a thousand steps here.
+    rate, times = learning_rate(config.recipe, steps_per_epoch=1000), np.arange(STEPS) / STEPS * config.recipe.epochs
+    rates = np.asarray(rate((times * 1000).astype(np.int32)))
+    schedules: dict[str, Any] = {"curve": parse_schedule(config.objective.curve, STEPS, where="objective.curve")}
+    for term in build_objective(config, STEPS).terms:
         schedules[term.name] = term.weight
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
-    values = {name: sampled(schedule, steps) for name, schedule in schedules.items()}
+    values = {name: sampled(schedule, STEPS) for name, schedule in schedules.items()}
     readings = {name: read(value, rates) for name, value in values.items()}
     warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs))
     if control is not None:
