@@ -46,20 +46,23 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
       ValueError: an array is empty or has another number of axes.
     """
     signature = inspect.signature(function)
-    annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    options = {name: _options(parameter.annotation) for name, parameter in signature.parameters.items()}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            _check(name, value, annotations[name])
+            _check(name, value, options[name])
         return function(*args, **kwargs)
 
     return call
 
 
-def _check(name: str, value: Any, annotation: Any) -> None:
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    options: tuple[Any, ...] = get_args(annotation) if is_union else (annotation,)
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """What a union allows."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _check(name: str, value: Any, options: tuple[Any, ...]) -> None:
     if any(_accepts(option, value) for option in options):
         return
     wanted = " or ".join(dict.fromkeys(filter(None, map(_in_words, options))))
