@@ -12,8 +12,8 @@ from .training.config import Config, check
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
 from .training.optim import learning_rate
 
-# Schedules are functions of the fraction of training: the steps only say how finely they are read. `check` takes as many,
-# so that what is compiled for it serves here too.
+# Schedules are functions of the fraction of training: the steps only say how finely they are read. `check` takes as
+# many, so that what is compiled for it serves here too.
 STEPS = 1000
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
 
