@@ -1,4 +1,4 @@
-"""`gompertz-jax`: what is done with networks before and after a run. Runs themselves are `train.py`."""
+"""`gompertz-jax`: comparisons, and what is done before and after a run. Single runs are `train.py`."""
 
 import argparse
 import hashlib
@@ -16,8 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_import_torch(commands)
     _add_export(commands)
     _add_preview(commands)
+    _add_compare(commands)
     parsed, overrides = parser.parse_known_args(arguments)
-    if parsed.run is _preview:
+    if "config" in parsed:
         parsed.overrides = overrides
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -118,6 +119,50 @@ def _preview(parsed: argparse.Namespace) -> None:
     if parsed.png is not None:
         preview.plot(shown, parsed.png)
     print(preview.as_text(shown))
+
+
+ARMS = "student,kd,constant,matched,linear,cosine,logistic,gompertz,reversed,progress,full"
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser("compare", help="arms of a config, each with several seeds, as one program")
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="changed by --config.any.key=value")
+    parser.add_argument(
+        "--arms", default=ARMS, help="names, and NAME=FILE[:VARIANT] for the objective of another config; default all"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from the config's seed on; default 5")
+    parser.add_argument("--baseline", default="", help="the arm to compare with; default matched, or student")
+    parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
+    parser.add_argument("--layout", default="map", help="of a group's students: map, vmap or unroll")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from . import compare
+    from .training.stop import Stopped, leave
+
+    config, arms = _config(parsed.config, parsed.overrides), {}
+    for text in filter(None, (text.strip() for text in parsed.arms.split(","))):
+        name, own, file = text.partition("=")
+        if name in arms:
+            raise ValueError(f"--arms: {name} is there twice")
+        if not own:
+            arms[name] = compare.arm(config, name)
+            continue
+        arms[name] = config.copy_and_resolve_references()
+        with arms[name].unlocked():
+            arms[name].objective = _config(file, []).objective
+    try:
+        compare.compare(
+            config,
+            parsed.workdir,
+            arms=arms,
+            seeds=parsed.seeds,
+            baseline=parsed.baseline,
+            layout=parsed.layout,
+        )
+    except Stopped as stopped:
+        leave(stopped)
 
 
 def _config(file: str, overrides: Sequence[str]) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from . import terms
 from ._numerics import checked, finite_number, fraction_from_zero, positive_count, positive_number
 from .projections import AnyProjection, Projection
-from .record import Record
+from .record import Record, Taught
 from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at
 
 
@@ -35,6 +35,8 @@ class Term(NamedTuple):
       every_k_steps: the term is computed at steps divisible by k, and costs nothing at the others, where it is logged
         as NaN. Its weight is not raised to make up for the steps without it: `k * curve` does that.
       gradient_stages: (student stage, teacher stage) at whose maps `loss` asks for gradients, if it does.
+      of_teacher: what of `loss` reads the teacher alone and costs something, `Taught -> arrays`. Where several students
+        learn from one teacher it is computed once, and `loss` gets it as its keyword `of_teacher`.
       bridge: for the pre-flight, how maps that differ in channels or size are made comparable.
     """
 
@@ -45,6 +47,7 @@ class Term(NamedTuple):
     distils: bool = True
     every_k_steps: int = 1
     gradient_stages: tuple[int, int] | tuple[()] = ()
+    of_teacher: Callable[[Taught], Any] | None = None
     bridge: str = ""
 
     def reads_progress(self) -> bool:
@@ -229,12 +232,18 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Array]
 
 
-def evaluate(objective: Objective, record: Record, step: Any, progress: Any = None) -> Evaluation:
-    """Evaluate every term of `objective` on `record`, its weight and its schedules at `step` and the progress made."""
+def evaluate(
+    objective: Objective, record: Record, step: Any, progress: Any = None, parts: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Evaluate every term of `objective` on `record`, its weight and its schedules at `step` and the progress made.
+
+    `parts` are what is there already of `Term.of_teacher`, by the term's name.
+    """
     raws, weights, metrics = [], [], {}
     for term in objective.terms:
         scheduled = {name: value_at(schedule, step, progress) for name, schedule in term.schedules.items()}
-        result = term.loss(record, **scheduled)
+        known = {"of_teacher": parts[term.name]} if parts and term.name in parts else {}
+        result = term.loss(record, **scheduled, **known)
         values, diagnostics = result if isinstance(result, tuple) else (result, {})
         raw, weight = values.mean().astype(jnp.float32), jnp.asarray(value_at(term.weight, step, progress), jnp.float32)
         raws.append(raw)

@@ -10,7 +10,7 @@ import numpy as np
 from .schedules import ByProgress
 from .training.config import Config, check
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
-from .training.optim import learning_rate
+from .training.optim import rate_by_step
 
 # Schedules are functions of the fraction of training: the steps only say how finely they are read. `check` takes as
 # many, so that what is compiled for it serves here too.
@@ -79,10 +79,11 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
       RunError: a value or a schedule of the config that a run would refuse.
     """
     check(config)
-    # The learning rate is one of epochs, which have a thousand steps here.
-    rate, times = learning_rate(config.recipe, steps_per_epoch=1000), np.arange(STEPS) / STEPS * config.recipe.epochs
-    rates = np.asarray(rate((times * 1000).astype(np.int32)))
-    schedules: dict[str, Any] = {"curve": parse_schedule(config.objective.curve, STEPS, where="objective.curve")}
+    rate = rate_by_step(config.recipe, STEPS)
+    rates = np.asarray(rate(np.arange(STEPS)))
+    schedules: dict[str, Any] = {
+        "curve": parse_schedule(config.objective.curve, STEPS, rate=rate, where="objective.curve")
+    }
     for term in build_objective(config, STEPS).terms:
         schedules[term.name] = term.weight
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}

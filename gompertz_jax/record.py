@@ -14,12 +14,30 @@ stage that a term asked for (`Term.gradient_stages`)."""
 
 
 class Leading(NamedTuple):
-    """The first images of a batch, by forward passes of their own in evaluation mode."""
+    """The first images of a batch, by a forward pass of their own in evaluation mode."""
 
-    student: Outputs
-    student_pullback: Pullback
-    teacher: Outputs
-    teacher_pullback: Pullback
+    outputs: Outputs
+    pullback: Pullback
+
+
+class Taught(NamedTuple):
+    """What the teacher says of one batch, in evaluation mode: a constant, and the same for all who learn from it.
+
+    Attributes:
+      labels: class indices, `[B]`.
+      outputs: the teacher's.
+      pullback: of its logits, see `Record.teacher_pullback`.
+      leading: on the first `count` images alone; see `Record.teacher_leading`.
+      key: the step's random key, see `Record.key`.
+      parts: what is known already of `Term.of_teacher`, by the term's name.
+    """
+
+    labels: Int[Array, " batch"]
+    outputs: Outputs
+    pullback: Pullback
+    leading: Callable[[int], Leading] | None
+    key: Any = None
+    parts: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Record:
       student_pullback: shares the forward pass behind `student`, in training mode: BatchNorm's cross terms between
         images are included.
       teacher_pullback: the same of the teacher, in evaluation mode; a constant.
-      leading: the first `count` images alone; the student's running statistics are constants there.
+      leading: the student on the first `count` images alone; its running statistics are constants there.
+      teacher_leading: likewise the teacher.
       per_image: makes `f(*arrays [B, ...], **shared) -> [B]`, which treats every image alone, run on each device's
         images without communication. As it stands, for one device: f itself.
       whole_batch: makes a function of the same form that compares the images of the batch with each other run on the
@@ -52,6 +71,7 @@ class Record:
     student_pullback: Pullback | None = None
     teacher_pullback: Pullback | None = None
     leading: Callable[[int], Leading] | None = None
+    teacher_leading: Callable[[int], Leading] | None = None
     per_image: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     whole_batch: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     key: Any = None

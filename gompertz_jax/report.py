@@ -1,8 +1,14 @@
-"""What a finished run shows a person: the result card and curves.png."""
+"""What a finished run or comparison shows a person: cards, tables and pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from .statistics import holm, paired_difference, summary
+
+FIGURES = {"last": "test_accuracy_last", "best": "test_accuracy_best"}  # of a student, as tables call them
 
 
 def result_card(result: Mapping[str, Any], workdir: Path) -> str:
@@ -65,6 +71,197 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
     temporary = path.with_suffix(".partial.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """Every arm's mean and deviation, and its paired difference to the baseline, from a comparison's results.json.
+
+    The p-values of one figure are corrected together (Holm), all arms but the baseline being one family.
+
+    Args:
+      results: `arms` of it is read.
+      baseline: the name of an arm.
+
+    Returns:
+      `{"baseline": name, "last": {arm: {...}}, "best": {arm: {...}}}`, accuracies as fractions; "best" is empty where
+      nothing was held out.
+    """
+    found: dict[str, Any] = {"baseline": baseline}
+    for figure, key in FIGURES.items():
+        values = {name: [student.get(key) for student in arm["students"]] for name, arm in results["arms"].items()}
+        if all(value is None for column in values.values() for value in column):
+            found[figure] = {}
+            continue
+        differences = {
+            name: paired_difference(column, values[baseline]) for name, column in values.items() if name != baseline
+        }
+        corrected = dict(zip(differences, holm([difference.p for difference in differences.values()]), strict=True))
+        found[figure] = {
+            name: {
+                **summary([value for value in column if value is not None])._asdict(),
+                **(
+                    {"difference": differences[name]._asdict() | {"p_holm": corrected[name]}}
+                    if name in differences
+                    else {}
+                ),
+            }
+            for name, column in values.items()
+        }
+    return found
+
+
+def _percent(value: float | None, *, sign: bool = False) -> str:
+    return "" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
+
+
+def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[str, ...]]:
+    """The table of one figure, with its head: accuracies and differences in percent."""
+    rows: list[tuple[str, ...]] = [("arm", "n", "accuracy, %", "difference, points", "95 % interval", "p", "p (Holm)")]
+    for name, numbers in comparison[figure].items():
+        spread = "" if numbers["sd"] is None else f" ± {_percent(numbers['sd'])}"
+        cells = (name, str(numbers["n"]), _percent(numbers["mean"]) + spread)
+        difference = numbers.get("difference")
+        if difference is None:
+            rows.append((*cells, "baseline", "", "", ""))
+            continue
+        low, high = (_percent(difference[end], sign=True) for end in ("low", "high"))
+        ps = ("" if difference[key] is None else f"{difference[key]:.3f}" for key in ("p", "p_holm"))
+        rows.append((*cells, _percent(difference["mean"], sign=True), f"{low} to {high}" if low else "", *ps))
+    return rows
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+CAPTIONS = {
+    "last": "Test accuracy after the last step",
+    "best": "Test accuracy of the weights that validation chose",
+}
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """results.md: the tables of a comparison, and what made them."""
+    seeds, comparison = results["seeds"], results["comparison"]
+    teacher = results["teacher"]
+    lines = [
+        f"# {teacher or 'no teacher'} -> {results['student']} on {results['dataset']}",
+        "",
+        f"{len(results['arms'])} arms, seeds {seeds[0]} to {seeds[-1]}, {results['steps']:,} steps each"
+        + (f"; the teacher has {_percent(results['teacher_test_accuracy'])} % of the test images" if teacher else "")
+        + ". Mean ± standard deviation over seeds; differences are paired by seed, to "
+        f"`{comparison['baseline']}`, with a t-interval; p of the paired t-test, as it is and corrected for the number "
+        f"of arms. All students see the same batches (order seed {results['order_seed']}): the deviation is that of "
+        "initial weights, not of data order.",
+    ]
+    for figure, caption in CAPTIONS.items():
+        if comparison[figure]:
+            lines += ["", f"## {caption}", "", *_markdown_table(comparison_rows(comparison, figure))]
+    lines += ["", "## Arms", "", *_markdown_table(schedule_table(_schedules(results)))]
+    lines += ["", *(f"- `{name}`: {arm['about']}" for name, arm in results["arms"].items())]
+    if failed := [
+        f"`{name}`, seed {student['seed']}, at step {student['failed_at_step']:,}"
+        for name, arm in results["arms"].items()
+        for student in arm["students"]
+        if student["failed_at_step"] is not None
+    ]:
+        lines += ["", f"Not finite, and left out: {'; '.join(failed)}."]
+    timing = results["timing"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines += [
+        "",
+        f"{timing['train_seconds']:,.0f} s of training ({timing['images_per_second']:,.0f} images/s of all students), "
+        f"{timing['teacher_seconds']:,.0f} s of the teacher's, on {results['device']}. {versions}; "
+        f"commit {results['commit']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _schedules(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arm["schedules"] for name, arm in results["arms"].items()}
+
+
+def schedule_table(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """How arms differ: each term's weight at the start, midway and at the end, its mean, and that by learning rate."""
+    keys = ("start", "middle", "end", "area", "weighted_area")
+    rows: list[tuple[str, ...]] = [("arm", "term", "start", "midway", "end", "mean", "by learning rate")]
+    for name, terms in schedules.items():
+        for term, numbers in terms.items():
+            told = f"{term} (by progress)" if numbers["by_progress"] else term
+            rows.append((name, told, *(f"{numbers[key]:.3g}" for key in keys)))
+            name = ""
+    return rows
+
+
+def schedules_as_text(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The same for a terminal."""
+    rows = schedule_table(schedules)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _most_common_term(results: Mapping[str, Any]) -> str:
+    """The distillation term of most arms, whose weight is worth a picture; of several the last by name."""
+    counts: dict[str, int] = {}
+    for arm in results["arms"].values():
+        for term in list(arm["schedules"])[1:]:
+            counts[term] = counts.get(term, 0) + 1
+    return max(counts, key=lambda term: (counts[term], term), default="")
+
+
+def plot_comparison(results: Mapping[str, Any], path: Path) -> None:
+    """Draw validation accuracy over steps with bands of a deviation, the schedules, and every student's accuracy."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms, comparison = results["arms"], results["comparison"]
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, weights, points = figure.subplots(1, 3)
+    shown = _most_common_term(results)
+    for number, (name, arm) in enumerate(arms.items()):
+        color = f"C{number % 10}"
+        line = ("-", "--", ":", "-.")[number // 10 % 4]
+        whole = [student["validation"] for student in arm["students"] if student["failed_at_step"] is None]
+        if whole and all(whole):
+            steps = [step for step, _ in whole[0]]
+            values = np.array([[accuracy for _, accuracy in curve] for curve in whole])
+            mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+            curves.plot(steps, mean, line, color=color, label=name, linewidth=1.2)
+            curves.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+        if (numbers := arm["schedules"].get(shown)) is not None:
+            weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], line, color=color, label=name)
+        finals = [student.get("test_accuracy_last") for student in arm["students"]]
+        finals = [value for value in finals if value is not None]
+        points.plot(finals, [number] * len(finals), "o", color=color, alpha=0.6, markersize=4)
+        if finals:
+            points.plot([np.mean(finals)], [number], "|", color="black", markersize=16)
+    points.set_yticks(range(len(arms)), list(arms))
+    points.invert_yaxis()
+    for axes, title, label in (
+        (curves, "validation accuracy, mean and deviation", "step"),
+        (weights, f"weight of the term {shown!r}", "fraction of training"),
+        (points, "test accuracy after the last step, every seed", "accuracy"),
+    ):
+        axes.set(title=title, xlabel=label)
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7)
+    figure.suptitle(
+        f"{results['teacher']} -> {results['student']}, {results['dataset']}; baseline {comparison['baseline']}"
+    )
+    _save(figure, path)

@@ -419,6 +419,13 @@ def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Sche
     return lambda step: first(step) * second(step)
 
 
+def total(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
+    """The sum of two schedules, which reads the progress if either does."""
+    if isinstance(first, ByProgress) or isinstance(second, ByProgress):
+        return ByProgress(lambda progress, step: value_at(first, step, progress) + value_at(second, step, progress))
+    return lambda step: first(step) + second(step)
+
+
 @checked
 def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> float:
     r"""Mean of a schedule over the steps 0 to `total_steps - 1`.

@@ -4,7 +4,7 @@ Everything here is a pure function of arrays and a step, and needs none of the s
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, check_objective, evaluate
 from .projections import init_projections, project
-from .record import Leading, Pullback, Record
+from .record import Leading, Pullback, Record, Taught
 from .schedules import Schedule, value_at
 
 Batch = Mapping[str, Array]
@@ -128,10 +128,24 @@ class _Aux(NamedTuple):
     weights: Float[Array, " terms"]
 
 
+def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Array) -> Taught | None:
+    """What a teacher says of a batch, as far as these terms read it; None where none of them distils."""
+    if teacher is None or not any(term.distils for term in terms):
+        return None
+    taps = [pair[1] for pair in _tapped(terms)]
+
+    def said(images: Array) -> Leading:
+        outputs, _, pull_back = _forward(teacher, images, taps, train=False)
+        return Leading(jax.lax.stop_gradient(outputs), _constant(pull_back))
+
+    _, term_key = jax.random.split(key)
+    return Taught(batch["label"], *said(batch["image"]), lambda count: said(batch["image"][:count]), term_key)
+
+
 def _raw_terms(
     trainable: PyTree,
     state: TrainState,
-    teacher: Network | None,
+    taught: Taught | None,
     batch: Batch,
     *,
     student: Network,
@@ -142,9 +156,9 @@ def _raw_terms(
     """Every term's batch mean as a function of what is trained; the student's forward pass runs once."""
     images, labels = batch["image"], batch["label"]
     student_key, term_key = jax.random.split(key)
-    student_taps, teacher_taps = ([pair[role] for pair in _tapped(objective.terms)] for role in (0, 1))
+    taps = [pair[0] for pair in _tapped(objective.terms)]
     learner = student.replace(params=trainable["student"], stats=state.stats)
-    outputs, stats, pull_student = _forward(learner, images, student_taps, train=True, key=student_key)
+    outputs, stats, pull_student = _forward(learner, images, taps, train=True, key=student_key)
     record = Record(
         labels,
         outputs,
@@ -154,29 +168,30 @@ def _raw_terms(
         key=term_key,
     )
     projection_stats, progress = state.projection_stats, state.progress
-    if teacher is not None and any(term.distils for term in objective.terms):
+    if taught is not None and any(term.distils for term in objective.terms):
 
         def leading(count: int) -> Leading:
             running = learner.replace(stats=jax.lax.stop_gradient(stats))
-            ours, _, pull_ours = _forward(running, images[:count], student_taps, train=False)
-            theirs, _, pull_theirs = _forward(teacher, images[:count], teacher_taps, train=False)
-            return Leading(ours, pull_ours, jax.lax.stop_gradient(theirs), _constant(pull_theirs))
+            ours, _, pull_ours = _forward(running, images[:count], taps, train=False)
+            return Leading(ours, pull_ours)
 
-        targets, _, pull_teacher = _forward(teacher, images, teacher_taps, train=False)
-        targets = jax.lax.stop_gradient(targets)
-        views = project(objective.projections, trainable["projections"], state.projection_stats, outputs, targets)
+        views = project(
+            objective.projections, trainable["projections"], state.projection_stats, outputs, taught.outputs
+        )
         student_views, teacher_views, projection_stats = views
         record = replace(
             record,
-            teacher=targets,
+            teacher=taught.outputs,
             student_views=student_views,
             teacher_views=teacher_views,
-            teacher_pullback=_constant(pull_teacher),
+            teacher_pullback=taught.pullback,
             leading=leading,
+            teacher_leading=taught.leading,
         )
         if objective.progress is not None:
             progress = objective.progress.update(progress, record)
-    evaluation = evaluate(objective, record, state.step, _progress_of(state))
+    parts = {} if taught is None else taught.parts
+    evaluation = evaluate(objective, record, state.step, progress_of(state), parts)
     predictions = outputs.logits.argmax(-1)
     metrics = evaluation.metrics | {"accuracy": (predictions == labels).mean(dtype=jnp.float32)}
     if record.teacher is not None:
@@ -229,7 +244,8 @@ def _tapped(terms: Iterable[Term]) -> list[tuple[int, int]]:
     return [term.gradient_stages for term in terms if term.gradient_stages]
 
 
-def _progress_of(state: TrainState) -> Array | None:
+def progress_of(state: TrainState) -> Array | None:
+    """How far the student is, where that is measured."""
     return state.progress["progress"] if state.progress else None
 
 
@@ -246,19 +262,24 @@ class _Pull(NamedTuple):
     metrics: Metrics
 
 
+Teaching = Callable[[tuple[Term, ...]], Taught | None]
+"""What the teacher says of this step's batch, as far as the given terms read it."""
+
+
 def _make_pull(
     student: Network, objective: Objective, skip_below: float, mesh: Mesh | None
-) -> Callable[[TrainState, Network | None, Batch, Array], _Pull]:
+) -> Callable[[TrainState, Teaching, Batch, Array], _Pull]:
     """The terms of a step and the gradient of their weighted sum; only the terms that this step has cost anything."""
     terms = objective.terms
 
-    def pull(computed: tuple[bool, ...], state: TrainState, teacher: Network | None, batch: Batch, key: Array) -> _Pull:
+    def pull(computed: tuple[bool, ...], teaching: Teaching, state: TrainState, batch: Batch, key: Array) -> _Pull:
         present = tuple(term for term, on in zip(terms, computed, strict=True) if on)
+        taught = teaching(present)
         raw, pull_back, aux = jax.vjp(
             lambda trainable: _raw_terms(
                 trainable,
                 state,
-                teacher,
+                taught,
                 batch,
                 student=student,
                 objective=objective._replace(terms=present),
@@ -270,7 +291,7 @@ def _make_pull(
         )
         (gradient,) = pull_back(aux.weights)
         values = dict(zip((term.name for term in present), raw, strict=True))
-        at = state.step, _progress_of(state)
+        at = state.step, progress_of(state)
         weights = {f"{term.name}/weight": jnp.asarray(value_at(term.weight, *at), jnp.float32) for term in terms}
         return _Pull(
             computed=jnp.asarray(computed),
@@ -292,15 +313,15 @@ def _make_pull(
     if not all(any(row) for row in variants):
         raise ValueError("some steps would have no term: give one that does not distil every_k_steps = 1")
     if len(variants) == 1:
-        return partial(pull, variants[0])
+        return lambda state, teaching, batch, key: pull(variants[0], teaching, state, batch, key)
 
-    def pull_variant(state: TrainState, teacher: Network | None, batch: Batch, key: Array) -> _Pull:
-        arguments = state, teacher, batch, key
-        whole = jax.eval_shape(partial(pull, (True,) * len(terms)), *arguments)
+    def pull_variant(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> _Pull:
+        arguments = state, batch, key
+        whole = jax.eval_shape(partial(pull, (True,) * len(terms), teaching), *arguments)
         absent = {name: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for name, leaf in whole.metrics.items()}
 
         def padded(computed: tuple[bool, ...], *arguments: Any) -> _Pull:
-            result = pull(computed, *arguments)
+            result = pull(computed, teaching, *arguments)
             return result._replace(metrics=absent | result.metrics)
 
         def variant_at(rows: list[tuple[bool, ...]]) -> Array:
@@ -313,6 +334,64 @@ def _make_pull(
         return jax.lax.switch(variant, [partial(padded, row) for row in variants], *arguments)
 
     return pull_variant
+
+
+def make_learn(
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    average_decay: float | None,
+    logged_schedules: Mapping[str, Schedule],
+    skip_below: float,
+    mesh: Mesh | None,
+) -> Callable[[TrainState, Teaching, Batch, Array], tuple[TrainState, Metrics]]:
+    """The step of one student on a batch that is there; see `make_train_step`, which has the rest."""
+    pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, mesh)
+
+    def learn(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        pulled = pull(state, teaching, batch, key)
+        gradient = pulled.gradient
+        trainable = {"student": state.params, "projections": state.projections}
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+        trained: Any = optax.apply_updates(trainable, updates)
+        new = state._replace(
+            step=state.step + 1,
+            params=trained["student"],
+            stats=pulled.stats,
+            projections=trained["projections"],
+            projection_stats=pulled.projection_stats,
+            progress=pulled.progress,
+            opt_state=opt_state,
+        )
+        if average_decay is not None:
+            decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
+            new = new._replace(average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - decay))
+        gradient_norm = optax.tree.norm(gradient)
+        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
+        sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
+        failed_term = jnp.argmin(sound).astype(jnp.int32)
+        accept = sound.all() & (state.failed_term == HEALTHY)
+        newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, state)
+        kept = kept._replace(
+            failed_term=jnp.where(newly_failed, failed_term, state.failed_term),
+            failed_step=jnp.where(newly_failed, state.step, state.failed_step),
+        )
+        metrics = pulled.metrics | {
+            name: jnp.asarray(schedule(state.step)) for name, schedule in logged_schedules.items()
+        }
+        metrics |= {
+            "loss": weighted.sum(),
+            "gradient_norm": gradient_norm,
+            "step": state.step,
+            **({"progress": state.progress["progress"]} if state.progress else {}),
+            "failed_term": kept.failed_term,
+            "failed_step": kept.failed_step,
+        }
+        return kept, metrics
+
+    return learn
 
 
 @checked
@@ -378,7 +457,7 @@ def make_train_step(
     """
     check_objective(objective)
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
-    _check_seed(seed)
+    check_seed(seed)
     if average_decay is not None:
         average_decay = float(fraction_from_zero("average_decay", average_decay))
     skip_below = float(
@@ -395,52 +474,21 @@ def make_train_step(
         raise ValueError(f"progress.decay must lie in [0, 1), got {objective.progress.decay}")
     check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
-    logged = logged_schedules or {}
-    student = student.replace(params=None, stats=None)
-    pull = _make_pull(student, objective, skip_below, mesh)
+    learn = make_learn(
+        student,
+        optimizer,
+        objective,
+        average_decay=average_decay,
+        logged_schedules=logged_schedules or {},
+        skip_below=skip_below,
+        mesh=mesh,
+    )
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
-        _check_batch(batch)
-        batch = spread_batch(batch, mesh)
-        pulled = pull(state, teacher, batch, _step_key(seed, state.step))
-        gradient = pulled.gradient
-        trainable = {"student": state.params, "projections": state.projections}
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-        trained: Any = optax.apply_updates(trainable, updates)
-        new = state._replace(
-            step=state.step + 1,
-            params=trained["student"],
-            stats=pulled.stats,
-            projections=trained["projections"],
-            projection_stats=pulled.projection_stats,
-            progress=pulled.progress,
-            opt_state=opt_state,
-        )
-        if average_decay is not None:
-            decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
-            new = new._replace(average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - decay))
-        gradient_norm = optax.tree.norm(gradient)
-        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
-        sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
-        failed_term = jnp.argmin(sound).astype(jnp.int32)
-        accept = sound.all() & (state.failed_term == HEALTHY)
-        newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
-        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, state)
-        kept = kept._replace(
-            failed_term=jnp.where(newly_failed, failed_term, state.failed_term),
-            failed_step=jnp.where(newly_failed, state.step, state.failed_step),
-        )
-        metrics = pulled.metrics | {name: jnp.asarray(schedule(state.step)) for name, schedule in logged.items()}
-        metrics |= {
-            "loss": weighted.sum(),
-            "gradient_norm": gradient_norm,
-            "step": state.step,
-            **({"progress": state.progress["progress"]} if state.progress else {}),
-            "failed_term": kept.failed_term,
-            "failed_step": kept.failed_step,
-        }
-        return kept, metrics
+        check_batch(batch)
+        batch, key = spread_batch(batch, mesh), step_key(seed, state.step)
+        return learn(state, lambda terms: teach(teacher, batch, terms, key), batch, key)
 
     # One step goes through `scan` too: a second form of the program would round differently.
     def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
@@ -448,10 +496,11 @@ def make_train_step(
             raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=_copied(mesh))
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
 
 
-def _copied(mesh: Mesh | None) -> NamedSharding | None:
+def copied(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of what every device has; None where there is one device."""
     return None if mesh is None else NamedSharding(mesh, COPIED)
 
 
@@ -472,20 +521,19 @@ def make_gradient_report(
       unweighted terms, over the student's parameters. It costs one backward pass a term.
     """
     check_objective(objective)
-    _check_seed(seed)
+    check_seed(seed)
     check_mesh(mesh)
     student = student.replace(params=None, stats=None)
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
-        key = _step_key(seed, state.step)
-        _check_batch(batch)
+        key = step_key(seed, state.step)
+        check_batch(batch)
         batch = spread_batch(batch, mesh)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
-            return _raw_terms(
-                trainable, state, teacher, batch, student=student, objective=objective, key=key, mesh=mesh
-            )
+            taught = teach(teacher, batch, objective.terms, key)
+            return _raw_terms(trainable, state, taught, batch, student=student, objective=objective, key=key, mesh=mesh)
 
         raw, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
         gradients = [pull_back(row)[0] for row in jnp.eye(raw.size, dtype=raw.dtype)]
@@ -497,15 +545,16 @@ def make_gradient_report(
             metrics[f"{term.name}/gradient_cosine"] = inner / jnp.maximum(norm * norms[0], jnp.finfo(norm.dtype).tiny)
         return metrics
 
-    return jax.jit(report, out_shardings=_copied(mesh))
+    return jax.jit(report, out_shardings=copied(mesh))
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r:.200}")
 
 
-def _check_batch(batch: Batch) -> None:
+def check_batch(batch: Batch) -> None:
     """Refuse what is not a batch, in words, before a network meets it."""
     if not {"image", "label"} <= batch.keys():
         raise ValueError(f"a batch must have 'image' and 'label', got {', '.join(map(repr, batch))}")
@@ -520,7 +569,7 @@ def _check_batch(batch: Batch) -> None:
         )
 
 
-def _step_key(seed: int, step: Array) -> Array:
+def step_key(seed: int, step: Array) -> Array:
     """The key of a step's losses; none of those that batches of the same seed are drawn from."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x7E), step)
 
@@ -577,7 +626,7 @@ def make_eval_step(
         classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))
         return Predictions(classes.reshape(-1)[:count], losses.reshape(-1)[:count].mean())
 
-    return jax.jit(evaluate_split, out_shardings=_copied(mesh))
+    return jax.jit(evaluate_split, out_shardings=copied(mesh))
 
 
 def as_unit_interval(images: Array) -> Float[Array, "..."]:

@@ -9,7 +9,7 @@ index all that both networks have after their stem.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from .losses import features, gradients, logits, relations
 from .network import Outputs
 from .projections import stage_pairs
-from .record import Record
+from .record import Record, Taught
 
 # A term over several stages; each pair is (student stage, teacher stage).
 Pairs = tuple[tuple[int, int], ...]
@@ -272,33 +272,45 @@ def _told(health: Any, dtype: Any) -> Health:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-# Of which score the gradient is taken: `(record, student's logits, teacher's logits) -> cotangents of both`.
-def _top_class(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
-    top = gradients.top_class(teacher)
-    return top, top
+class Target(NamedTuple):
+    """Of which score the gradient is taken.
+
+    Attributes:
+      direction: `(logits, labels, key) -> cotangent of the logits`.
+      own: each network's is that of its own logits; else the teacher's direction is both networks'.
+    """
+
+    direction: Callable[[Array, Array, Any], Array]
+    own: bool
 
 
-def _label(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
-    labels = record.labels[: len(student)]
-    return gradients.label_class(student, labels), gradients.label_class(teacher, labels)
-
-
-def _cross_entropy(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
-    labels = record.labels[: len(student)]
-    return gradients.cross_entropy_direction(student, labels), gradients.cross_entropy_direction(teacher, labels)
-
-
-def _random(record: Record, student: Array, teacher: Array) -> tuple[Array, Array]:
-    direction = gradients.random_direction(teacher, key=record.key)
-    return direction, direction
-
-
-TARGETS: Mapping[str, Callable[[Record, Array, Array], tuple[Array, Array]]] = {
-    "top_class": _top_class,
-    "label": _label,
-    "cross_entropy": _cross_entropy,
-    "random": _random,
+TARGETS: Mapping[str, Target] = {
+    "top_class": Target(lambda logits, labels, key: gradients.top_class(logits), own=False),
+    "label": Target(lambda logits, labels, key: gradients.label_class(logits, labels), own=True),
+    "cross_entropy": Target(lambda logits, labels, key: gradients.cross_entropy_direction(logits, labels), own=True),
+    "random": Target(lambda logits, labels, key: gradients.random_direction(logits, key=key), own=False),
 }
+
+
+class TeacherGradient(NamedTuple):
+    """The teacher's side of `gradient_match`: its direction, for the student too, and its gradient, a constant."""
+
+    direction: Float[Array, "images classes"]
+    gradient: Float[Array, "images ..."]
+
+
+def teacher_gradient(
+    taught: Taught, *, target: str = "top_class", images: int = 0, stages: tuple[int, ...] = (), **_: Any
+) -> TeacherGradient:
+    """What `gradient_match` with these options asks of the teacher; its other options do not matter here."""
+    if images in (0, len(taught.labels)):
+        outputs, pull_back = taught.outputs, taught.pullback
+    else:
+        assert taught.leading is not None
+        outputs, pull_back = taught.leading(images)
+    direction = TARGETS[target].direction(outputs.logits, taught.labels[: len(outputs.logits)], taught.key)
+    gradient = jax.lax.stop_gradient(_gradient(outputs, pull_back, direction, stages[1:]))
+    return TeacherGradient(direction, gradient)
 
 
 def gradient_match(
@@ -309,6 +321,7 @@ def gradient_match(
     pool: int = 4,
     images: int = 0,
     stages: tuple[int, ...] = (),
+    of_teacher: TeacherGradient | None = None,
 ) -> Float[Array, " images"]:
     """Distance between the gradients of a score in both networks, at the images or at a stage of each.
 
@@ -323,6 +336,7 @@ def gradient_match(
         pass of the other terms; fewer are passed through the student once more, in evaluation mode.
       stages: none for the gradient at the images; (student stage, teacher stage) for `contribution_map` at these maps,
         the larger one averaged to the size of the smaller.
+      of_teacher: `teacher_gradient` with the same options, where it is known already.
 
     Returns:
       One distance per compared image.
@@ -338,15 +352,21 @@ def gradient_match(
         raise ValueError(f"images must lie in [0, {batch}], the batch, got {images}")
     if len(stages) not in (0, 2):
         raise ValueError(f"stages must be empty or (student stage, teacher stage), got {stages!r}")
+    if of_teacher is None:
+        pull_back, leading = record.teacher_pullback, record.teacher_leading
+        assert pull_back is not None
+        taught = Taught(record.labels, teacher, pull_back, leading, record.key)
+        of_teacher = teacher_gradient(taught, target=target, images=images, stages=stages)
     if images in (0, batch):
-        student, pull_student, pull_teacher = record.student, record.student_pullback, record.teacher_pullback
+        student, pull_student = record.student, record.student_pullback
     else:
         assert record.leading is not None
-        student, pull_student, teacher, pull_teacher = record.leading(images)
-    assert pull_student is not None and pull_teacher is not None
-    to_student, to_teacher = TARGETS[target](record, student.logits, teacher.logits)
-    ours = _gradient(student, pull_student, to_student, stages[:1])
-    theirs = jax.lax.stop_gradient(_gradient(teacher, pull_teacher, to_teacher, stages[1:]))
+        student, pull_student = record.leading(images)
+    assert pull_student is not None
+    direction, theirs = of_teacher
+    if TARGETS[target].own:
+        direction = TARGETS[target].direction(student.logits, record.labels[: len(student.logits)], record.key)
+    ours = _gradient(student, pull_student, direction, stages[:1])
     if stages:
         ours, theirs = features.to_one_size(ours, theirs)
     pooled = gradients.pool_gradient(ours, pool), gradients.pool_gradient(theirs, pool)

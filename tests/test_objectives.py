@@ -44,7 +44,7 @@ def test_schedules_in_text(text, expected):
         "gompertz(slope=3)",
         "__import__('os')",
         "1 +",
-        "1 + 2",
+        "1 / 2",
         "gompertz(rate=-1)",
         "curve",
         "linear(start=open('x'))",

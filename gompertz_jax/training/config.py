@@ -52,6 +52,7 @@ def get_default() -> Config:
             # The student begins with the weights of the network in this workdir, or `teacher` folder; "": drawn
             "init_from": "",
             "seed": 0,  # the student's weights, data order, augmentation; nothing of it is the teacher's, also if equal
+            "order_seed": -1,  # of data order, augmentation and what losses draw, if another than `seed`; -1: `seed`
             "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits", "folder:PATH", "arrays:FILE.npz", "tfds:NAME"
                 "image_size": 0,  # of one's own images: the side they are brought to; 0: they are of one size
@@ -222,8 +223,10 @@ def check(config: Config) -> None:
     for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
         if not 0 <= seed < 2**31:
             raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")
-    build_objective(config, 1000)  # for its refusals; the true number of steps is known once the data are there
+    if not -1 <= config.order_seed < 2**31:
+        raise RunError(f"order_seed = {config.order_seed}: must lie in [0, 2^31), or be -1 for `seed`")
     check_recipe(config.recipe, "recipe")
+    build_objective(config, 1000)  # for its refusals; the true number of steps is known once the data are there
     if not config.teacher.dir:
         check_recipe(config.teacher.recipe, "teacher.recipe")
     for role in ("student", "teacher"):

@@ -10,7 +10,7 @@ The order of things, which resuming relies on:
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +99,49 @@ class Fitted:
         return self.last if self.best_accuracy is None else self.best
 
 
+class Program(NamedTuple):
+    """What `drive` trains: one student, or all students of a comparison.
+
+    Attributes:
+      state: before the first step; has a `step`.
+      best: before any evaluation, see `Best`.
+      measured: `(state, teacher) -> state`, what is measured of the teacher once, before the first step.
+      make_step: `(feed, rate) -> step`, the compiled training step.
+      make_survey: `(feed) -> survey`, what is queued behind a dispatch that is to be evaluated, see `make_survey`.
+      students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
+    """
+
+    state: Any
+    best: Any
+    measured: Callable[[Any, Network], Any]
+    make_step: Callable[[Feed], Any]
+    make_survey: Callable[[Feed], Any]
+    students: "Callable[[Any], Iterable[Told]]"
+
+
+class Told(NamedTuple):
+    """What one student's metrics say.
+
+    Attributes:
+      tags: of its lines in metrics.jsonl; none where there is one student.
+      objective: its own.
+      metrics: by name, an array `[steps]` or a scalar.
+    """
+
+    tags: Mapping[str, Any]
+    objective: Objective
+    metrics: Mapping[str, np.ndarray]
+
+
+class Driven(NamedTuple):
+    """The end of a program: its last state and best weights, the time it took, and transports that did not converge."""
+
+    state: Any
+    best: Any
+    clock: "Clock"
+    not_converged: dict[str, int]
+
+
 def fit(
     config: Config,
     recipe: Config,
@@ -111,6 +154,7 @@ def fit(
     teacher: Network | None,
     data: Images,
     seed: int,
+    order_seed: int | None = None,
     mesh: Mesh,
     stop: Stop | None = None,
 ) -> Fitted:
@@ -126,7 +170,8 @@ def fit(
       objective: what is minimised.
       teacher: None when no term distils.
       data: training and validation images.
-      seed: of data order, augmentation and projections.
+      seed: of the projections.
+      order_seed: of data order and augmentation, and of what terms draw; default: `seed`.
       mesh: the devices to train on.
       stop: asked after every dispatch.
 
@@ -137,7 +182,7 @@ def fit(
       Stopped: it was asked to, and has saved the state after its last dispatch.
       RunError: a term, the gradient or the update was not finite; or the teacher was exchanged since the last start.
     """
-    started, stop = time.monotonic(), stop or Stop()
+    order_seed = seed if order_seed is None else order_seed
     rate = learning_rate(recipe, steps_per_epoch=plan.steps_per_epoch)
     optimizer = make_optimizer(recipe, rate)
     average = recipe.moving_average or None
@@ -147,9 +192,80 @@ def fit(
         objective,
         data.images.shape[1:],
         teacher=teacher,
-        key=jax.random.fold_in(jax.random.key(seed), PROJECTIONS),
+        key=projections_key(seed),
         moving_average=average is not None,
     )
+
+    def measured(state: TrainState, teacher: Network) -> TrainState:
+        if not objective.projections:
+            return state
+        taught = teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
+        return state._replace(projection_stats=measure_teacher(objective.projections, state.projection_stats, taught))
+
+    def make_step(feed: Feed) -> Any:
+        return make_train_step(
+            network,
+            optimizer,
+            objective,
+            make_batch=feed.make_batch,
+            steps_per_dispatch=plan.steps_per_dispatch,
+            seed=order_seed,
+            average_decay=average,
+            logged_schedules={"learning_rate": rate},
+            skip_below=config.objective.skip_below,
+            mesh=mesh,
+        )
+
+    def survey_of(feed: Feed) -> Any:
+        batches = min(config.logging.term_gradients, plan.steps_per_dispatch)
+        return jax.jit(make_survey(network, objective, feed, report_batches=batches, seed=order_seed, mesh=mesh))
+
+    driven = drive(
+        config,
+        recipe,
+        plan,
+        Program(
+            state, Best.none(state), measured, make_step, survey_of, lambda metrics: [Told({}, objective, metrics)]
+        ),
+        label=label,
+        workdir=workdir,
+        teacher=teacher,
+        data=data,
+        order_seed=order_seed,
+        mesh=mesh,
+        stop=stop,
+    )
+    (state, best), held = driven[:2], data.validation
+    return Fitted(
+        last=evaluated(network, state),
+        best=evaluated(network, state) if held is None else network.replace(params=best.params, stats=best.stats),
+        best_accuracy=None if held is None else int(best.correct) / len(held[1]),
+        best_step=None if held is None else int(best.step),
+        seconds=driven.clock.total_seconds,
+        images_per_second=driven.clock.images_per_second,
+        not_converged=driven.not_converged,
+    )
+
+
+def drive(
+    config: Config,
+    recipe: Config,
+    plan: Plan,
+    program: Program,
+    *,
+    label: str,
+    workdir: Path,
+    teacher: Network | None,
+    data: Images,
+    order_seed: int,
+    mesh: Mesh,
+    stop: Stop | None = None,
+) -> Driven:
+    """Take a program's steps, from the newest checkpoint on: evaluate, save, write and stop in between.
+
+    The arguments and errors are those of `fit`.
+    """
+    started, stop = time.monotonic(), stop or Stop()
     taught_by = None if teacher is None else fingerprint(teacher)
     teacher = replicate(teacher, mesh)
 
@@ -160,19 +276,18 @@ def fit(
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=lines_are_there) as checkpoints,
         Feed(
             data,
-            seed=seed,
+            seed=order_seed,
             batch_size=recipe.batch_size,
             augment=config.augment,
             steps_per_dispatch=plan.steps_per_dispatch,
             mesh=mesh,
         ) as feed,
     ):
-        clock, not_converged = Clock(), {}
-        if checkpoints.latest_step is None and teacher is not None and objective.projections:
-            taught = _teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
-            measured = measure_teacher(objective.projections, state.projection_stats, taught)
-            state = state._replace(projection_stats=measured)
-        state, best = replicate((state, Best.none(state)), mesh)
+        clock, not_converged, failed = Clock(), {}, set()
+        state, best = program.state, program.best
+        if checkpoints.latest_step is None and teacher is not None:
+            state = program.measured(state, teacher)
+        state, best = replicate((state, best), mesh)
         if checkpoints.latest_step is not None:
             (state, best), record = checkpoints.restore((state, best))
             if record["taught_by"] != taught_by:
@@ -180,31 +295,13 @@ def fit(
                     f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir"
                 )
             clock, not_converged = Clock(**record["timing"]), record["not_converged"]
+            failed = set(record["failed"])
             say(f"{label}: goes on from step {int(state.step):,} of {plan.steps:,} in {workdir}")
             if not on_main(lambda: lines_are_there(int(state.step), record)):
                 say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
         earlier, step = clock.total_seconds, int(state.step)
 
-        train_step = make_train_step(
-            network,
-            optimizer,
-            objective,
-            make_batch=feed.make_batch,
-            steps_per_dispatch=plan.steps_per_dispatch,
-            seed=seed,
-            average_decay=average,
-            logged_schedules={"learning_rate": rate},
-            skip_below=config.objective.skip_below,
-            mesh=mesh,
-        )
-        survey = make_survey(
-            network,
-            objective,
-            feed,
-            report_batches=min(config.logging.term_gradients, plan.steps_per_dispatch),
-            seed=seed,
-            mesh=mesh,
-        )
+        train_step, survey = program.make_step(feed), program.make_survey(feed)
         held = data.validation
         classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
         if step < plan.steps:
@@ -219,17 +316,29 @@ def fit(
             jax.transfer_guard("disallow"),
         ):
             reader = MetricsReader(
-                objective, recipe.batch_size, config.logging.every_steps, clock, not_converged, writer, progress
+                program.students,
+                recipe.batch_size,
+                config.logging.every_steps,
+                clock,
+                not_converged,
+                failed,
+                writer,
+                progress,
             )
 
             def conclude(step: int, found: Findings) -> None:
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
-                line = {name: value.item() for name, value in jax.device_get(dict(found.line)).items()}
-                if held is not None and line:
-                    line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
-                    progress.validation_accuracy = line["accuracy"]
-                if line:
-                    writer.write({"step": step, "split": "validation", **line})
+                accuracies = []
+                for told in program.students(jax.device_get(found.line)) if found.line else ():
+                    line = {name: value.item() for name, value in told.metrics.items()}
+                    if not line or reader.has_failed(told):
+                        continue
+                    if held is not None:
+                        line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
+                        accuracies.append(line["accuracy"])
+                    writer.write({"step": step, "split": "validation", **told.tags, **line})
+                if accuracies:
+                    progress.validation_accuracy = sum(accuracies) / len(accuracies)
                 writer.commit()
                 clock.total_seconds = earlier + time.monotonic() - started
                 record = {
@@ -237,6 +346,7 @@ def fit(
                     "taught_by": taught_by,
                     "lines": writer.lines,
                     "not_converged": reader.not_converged.copy(),
+                    "failed": sorted(reader.failed),
                 }
                 with jax.transfer_guard("allow"):  # Orbax fetches the arrays in its own way
                     checkpoints.save(step, (found.state, found.best), record)
@@ -254,7 +364,7 @@ def fit(
                     best, pending = found.best, (step, found)
                 if stop.requested():
                     # No dispatch will take this state's memory, so it is saved as it is where it is not evaluated.
-                    pending = pending or (step, Findings(state, best, {}))
+                    pending = pending or (step, Findings(state, best, ()))
                     break
             reader.drain()
             if pending is not None:
@@ -262,27 +372,24 @@ def fit(
             checkpoints.wait()
             if step < plan.steps:
                 say(f"{label}: saved at step {step:,} of {plan.steps:,}")
-
-    last = _evaluated(network, state)
-    return Fitted(
-        last=last,
-        best=last if held is None else network.replace(params=best.params, stats=best.stats),
-        best_accuracy=None if held is None else int(best.correct) / len(held[1]),
-        best_step=None if held is None else int(best.step),
-        seconds=clock.total_seconds,
-        images_per_second=clock.images / clock.step_seconds if clock.step_seconds else 0.0,
-        not_converged=not_converged,
-    )
+    return Driven(state, best, clock, not_converged)
 
 
-def _evaluated(network: Network, state: TrainState) -> Network:
+def projections_key(seed: int) -> jax.Array:
+    """What a student's projections are drawn from."""
+    return jax.random.fold_in(jax.random.key(seed), PROJECTIONS)
+
+
+def evaluated(network: Network, state: TrainState) -> Network:
+    """The network that a state is evaluated as."""
     params, stats = state.evaluated()
     return network.replace(params=params, stats=stats)
 
 
-def _teacher_outputs(
+def teacher_outputs(
     teacher: Network, data: Images, count: int, mesh: Mesh, *, batch_size: int = 200
 ) -> Iterator[tuple[Outputs, Any]]:
+    """The teacher's outputs on the first `count` training images, and their labels, in batches."""
     outputs = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False)[0])
     for start in range(0, min(count, len(data.labels)), batch_size):
         chosen = slice(start, min(start + batch_size, count))
@@ -315,18 +422,19 @@ class Findings(NamedTuple):
     Attributes:
       state: a copy, whose memory no dispatch will take.
       best: the best weights so far, this state's among them.
-      line: the validation line of metrics.jsonl; empty where nothing is held out or asked for.
+      line: the validation line of metrics.jsonl; empty where nothing is held out or asked for. Of several students a
+        tree of such lines, as `Program.students` takes it; () where nothing was looked at.
     """
 
-    state: TrainState
-    best: Best
-    line: Mapping[str, jax.Array]
+    state: Any
+    best: Any
+    line: Any
 
 
 def make_survey(
     network: Network, objective: Objective, feed: Feed, *, report_batches: int, seed: int, mesh: Mesh
 ) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Held], Findings]:
-    """The program that is queued behind a dispatch when its end is to be evaluated and saved.
+    """What is queued behind a dispatch when its end is to be evaluated and saved, of one student.
 
     Args:
       network: the one in training.
@@ -343,7 +451,6 @@ def make_survey(
     evaluate = make_eval_step(mesh=mesh)
     report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
 
-    @jax.jit
     def survey(
         state: TrainState,
         best: Best,
@@ -354,7 +461,7 @@ def make_survey(
     ) -> Findings:
         line = {}
         if held is not None:
-            predictions = evaluate(_evaluated(network, state), *held)
+            predictions = evaluate(evaluated(network, state), *held)
             correct = (predictions.classes == held[1]).sum(dtype=jnp.int32)
             line = {"accuracy": correct, "cross_entropy": predictions.cross_entropy}
             if classes is not None:
@@ -380,32 +487,48 @@ class Clock:
     step_seconds: float = 0.0
     images: int = 0
 
+    @property
+    def images_per_second(self) -> float:
+        """While steps were taken; 0 if none was."""
+        return self.images / self.step_seconds if self.step_seconds else 0.0
+
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return vars(self).copy()
 
 
 class MetricsReader:
-    """Reads each dispatch's metrics once the next one is under way, and passes them on."""
+    """Reads each dispatch's metrics once the next one is under way, and passes them on.
+
+    Attributes:
+      not_converged: by term, and before it by student where there are several, at how many steps the transport of some
+        image did not converge; counted on, over all starts.
+      failed: of several students those whose training ended before its time.
+    """
 
     def __init__(
         self,
-        objective: Objective,
+        students: Callable[[Any], Iterable[Told]],
         batch_size: int,
         every_steps: int,
         clock: Clock,
         not_converged: dict[str, int],
+        failed: set[str],
         writer: MetricsWriter,
         progress: Progress,
     ):
-        self.not_converged = not_converged  # counted on, over all starts
+        self.not_converged, self.failed = not_converged, failed
         self._warned = False
-        self._objective, self._batch_size, self._every_steps = objective, batch_size, every_steps
+        self._students, self._batch_size, self._every_steps = students, batch_size, every_steps
         self._clock, self._writer, self._progress = clock, writer, progress
-        self._pending: Mapping[str, jax.Array] | None = None
+        self._pending: Any = None
         self._last_read = time.monotonic()
 
-    def take(self, metrics: Mapping[str, jax.Array]) -> None:
+    def has_failed(self, told: Told) -> bool:
+        """Whether this student's training has ended before its time."""
+        return _prefix(told) in self.failed
+
+    def take(self, metrics: Any) -> None:
         """Accept the metrics of the dispatch just issued, and read those of the one before it."""
         self.drain()
         self._pending = metrics
@@ -414,56 +537,79 @@ class MetricsReader:
         """Wait for what is pending, check it and write it.
 
         Raises:
-          RunError: a term or the gradient was not finite.
+          RunError: a term or the gradient was not finite, of the only student or of the last one.
         """
         if self._pending is None:
             return
-        metrics, self._pending = jax.device_get(dict(self._pending)), None
+        students, self._pending = list(self._students(jax.device_get(self._pending))), None
         now = time.monotonic()
         elapsed, self._last_read = now - self._last_read, now
-        steps = len(metrics["step"])
-        images_per_second = steps * self._batch_size / elapsed
+        steps = len(students[0].metrics["step"])
+        images = steps * self._batch_size * len(students)
         self._clock.step_seconds += elapsed
-        self._clock.images += steps * self._batch_size
-        failed = metrics["failed_term"] != HEALTHY
-        # Steps after a failure change nothing and say nothing new; the failing one itself is told.
-        told = np.cumsum(failed) <= 1
-        for index in np.flatnonzero(told & ((metrics["step"] % self._every_steps == 0) | failed)):
-            values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
-            line = {"step": values.pop("step"), "split": "train", **values}
-            self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
-        self._count_convergence(metrics, steps)
-        if failed.any():
+        self._clock.images += images
+        failures = []
+        for told in students:
+            if not self.has_failed(told) and (failure := self._read(told, images / elapsed)):
+                self.failed.add(_prefix(told))
+                failures.append(failure)
+        if failures:
             self._writer.commit()
-            raise self._failure(int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1]))
+            if len(self.failed) == len(students):
+                raise RunError(failures[-1])
+            say("\n".join(f"warning: {failure}; the others go on" for failure in failures))
+        going = [told.metrics for told in students if not self.has_failed(told)]
         self._progress.update(
-            int(metrics["step"][-1]) + 1,
-            loss=float(metrics["loss"][-1]),
-            accuracy=float(metrics["accuracy"].mean()),
-            images_per_second=images_per_second,
+            max(int(metrics["step"][-1]) for metrics in going) + 1,
+            loss=float(np.mean([metrics["loss"][-1] for metrics in going])),
+            accuracy=float(np.mean([metrics["accuracy"] for metrics in going])),
+            images_per_second=images / elapsed,
         )
 
-    def _count_convergence(self, metrics: Mapping[str, np.ndarray], steps: int) -> None:
-        for term in self._objective.terms:
-            shares = metrics.get(f"{term.name}/converged", np.ones(steps))
+    def _read(self, told: Told, images_per_second: float) -> str | None:
+        """Write what a student's metrics say; how it failed, if it did."""
+        metrics = told.metrics
+        failed = metrics["failed_term"] != HEALTHY
+        # Steps after a failure change nothing and say nothing new; the failing one itself is told.
+        until = np.cumsum(failed) <= 1
+        for index in np.flatnonzero(until & ((metrics["step"] % self._every_steps == 0) | failed)):
+            values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
+            line = {"step": values.pop("step"), "split": "train", **told.tags, **values}
+            self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
+        self._count_convergence(told)
+        if not failed.any():
+            return None
+        return _failure(told, int(metrics["failed_term"][-1]), int(metrics["failed_step"][-1]))
+
+    def _count_convergence(self, told: Told) -> None:
+        metrics = told.metrics
+        for term in told.objective.terms:
+            shares = metrics.get(f"{term.name}/converged", np.ones(1))
             short = np.flatnonzero(shares < 1)  # NaN, where the term was not computed, is no such step
             if not short.size:
                 continue
-            self.not_converged[term.name] = self.not_converged.get(term.name, 0) + int(short.size)
+            name = _prefix(told) + term.name
+            self.not_converged[name] = self.not_converged.get(name, 0) + int(short.size)
             if not self._warned:
                 self._warned = True
                 first = short[0]
                 say(
                     f"warning: at step {int(metrics['step'][first])} the transport of {1 - float(shares[first]):.1%} "
-                    f"of the images in the term {term.name!r} did not converge (mean marginal error "
+                    f"of the images in the term {name!r} did not converge (mean marginal error "
                     f"{float(metrics[f'{term.name}/marginal_error'][first]):.1e}): its value is approximate. A larger "
                     f"objective.terms.{term.name}.epsilon converges sooner. Further steps are counted in result.json"
                 )
 
-    def _failure(self, failed: int, step: int) -> RunError:
-        what = [*(f"the term {term.name!r}" for term in self._objective.terms), "the gradient", "the update"][failed]
-        return RunError(
-            f"{what} was not finite at step {step}; the update was refused and nothing of it saved. "
-            "Look at that step in metrics.jsonl; a lower learning_rate or a clip_norm in the recipe, with another "
-            "--workdir, is the usual remedy"
-        )
+
+def _prefix(told: Told) -> str:
+    return "".join(f"{value}/" for value in told.tags.values())
+
+
+def _failure(told: Told, failed: int, step: int) -> str:
+    what = [*(f"the term {term.name!r}" for term in told.objective.terms), "the gradient", "the update"][failed]
+    whose = f"{_prefix(told).rstrip('/')}: " if told.tags else ""
+    return (
+        f"{whose}{what} was not finite at step {step}; the update was refused and nothing of it saved. "
+        "Look at that step in metrics.jsonl; a lower learning_rate or a clip_norm in the recipe, with another "
+        "--workdir, is the usual remedy"
+    )

@@ -128,6 +128,7 @@ def _run(
         teacher=teacher.network if teacher else None,
         data=data,
         seed=student_seed(config.seed),
+        order_seed=student_seed(order_seed(config)),
         mesh=mesh,
         stop=stop,
     )
@@ -216,6 +217,11 @@ def student_seed(seed: int) -> int:
     begin with equal weights wherever their shapes agree, see the same batches, and look alike for no other reason.
     """
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0] >> 1)
+
+
+def order_seed(config: Config) -> int:
+    """The seed of data order, augmentation and draws."""
+    return config.seed if config.order_seed < 0 else config.order_seed
 
 
 def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, mesh: Mesh) -> dict[str, float | None]:

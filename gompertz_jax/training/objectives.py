@@ -95,16 +95,23 @@ _CURVES = {
 
 
 def parse_schedule(
-    text: str, total_steps: int, *, curve: Schedule | ByProgress | None = None, where: str = "schedule"
+    text: str,
+    total_steps: int,
+    *,
+    curve: Schedule | ByProgress | None = None,
+    rate: Schedule | None = None,
+    where: str = "schedule",
 ) -> Schedule | ByProgress:
     """A schedule from its text in a config.
 
     Args:
       text: a number; a curve with keyword arguments, one of `gompertz`, `gompertz_through`, `logistic`, `linear`,
-        `cosine`; `reversed(S)` and `matched(S)` of another schedule; `progress(S)`, the curve S read at the student's
-        progress instead of the clock; `curve`; or a product of these.
+        `cosine`; `reversed(S)` of another schedule; `matched(S)`, the constant of its mean, and `matched_lr(S)`, of its
+        mean weighted by the learning rate; `progress(S)`, the curve S read at the student's progress instead of the
+        clock; `curve`; or a sum, difference or product of these.
       total_steps: what the curves are indexed by.
       curve: what the word `curve` stands for.
+      rate: the learning rate, step -> rate, for `matched_lr`.
       where: the config's key, for messages.
 
     Returns:
@@ -122,7 +129,8 @@ def parse_schedule(
     def fail(reason: str) -> RunError:
         return RunError(
             f"{where} = {text!r:.200}: {reason:.500}. Write a number, one of {', '.join(_CURVES)} with keyword "
-            "arguments, reversed(...), matched(...), progress(...), curve, or a product such as '0.5 * curve'"
+            "arguments, reversed(...), matched(...), matched_lr(...), progress(...), curve, or an expression such as "
+            "'1 - 0.5 * curve'"
         )
 
     def by_the_clock(name: str, node: ast.expr, length: int) -> Schedule:
@@ -141,10 +149,19 @@ def parse_schedule(
                 return curve
             case ast.BinOp(op=ast.Mult(), left=left, right=right):
                 return schedules.product(build(left, length), build(right, length))
+            case ast.BinOp(op=ast.Add(), left=left, right=right):
+                return schedules.total(build(left, length), build(right, length))
+            case ast.BinOp(op=ast.Sub(), left=left, right=right):
+                negative = schedules.product(schedules.constant_schedule(-1.0), build(right, length))
+                return schedules.total(build(left, length), negative)
             case ast.Call(func=ast.Name(id="reversed"), args=[inner], keywords=[]):
                 return schedules.reversed_schedule(by_the_clock("reversed", inner, length), length)
             case ast.Call(func=ast.Name(id="matched"), args=[inner], keywords=[]):
                 return schedules.matched_constant(by_the_clock("matched", inner, length), length)
+            case ast.Call(func=ast.Name(id="matched_lr"), args=[inner], keywords=[]):
+                if rate is None:
+                    raise fail("matched_lr needs a learning rate, and here is none")
+                return schedules.matched_constant(by_the_clock("matched_lr", inner, length), length, weights=rate)
             case ast.Call(func=ast.Name(id="progress"), args=[inner], keywords=[]):
                 driven = build(inner, 1)
                 return driven if isinstance(driven, ByProgress) else schedules.by_progress(driven)
@@ -197,14 +214,18 @@ def build_objective(config: Config, total_steps: int) -> Objective:
       RunError: an unknown loss or option, a temperature or epsilon that is not positive at some step, a weight that is
         not finite, a projection that is not defined or of another kind, no term at all.
     """
-    curve = parse_schedule(config.objective.curve, total_steps, where="objective.curve")
+    from .optim import rate_by_step
+
+    rate = rate_by_step(config.recipe, total_steps)
+    curve = parse_schedule(config.objective.curve, total_steps, rate=rate, where="objective.curve")
     built, projections = [], {}
     for name, spec in sorted(config.objective.terms.items(), key=lambda item: (item[0] != "ce", item[0])):
         where = f"objective.terms.{name}"
         if not isinstance(spec, ml_collections.ConfigDict):
             raise RunError(f"{where} = {spec!r} must be a group of keys with a loss")
         options = spec.to_dict()
-        term = _term(name, options, config, total_steps, curve, where)
+        parse = partial(parse_schedule, total_steps=total_steps, curve=curve, rate=rate)
+        term = _term(name, options, config, total_steps, parse, where)
         if term is None:
             continue
         built.append(term)
@@ -225,7 +246,12 @@ def build_objective(config: Config, total_steps: int) -> Objective:
 
 
 def _term(
-    name: str, spec: Mapping[str, Any], config: Config, total_steps: int, curve: Schedule | ByProgress, where: str
+    name: str,
+    spec: Mapping[str, Any],
+    config: Config,
+    total_steps: int,
+    parse: Callable[..., Schedule | ByProgress],
+    where: str,
 ) -> Term | None:
     """One term; None if its weight is 0 throughout."""
     options = dict(spec)
@@ -244,10 +270,10 @@ def _term(
     if every > 1 and loss_name == "cross_entropy":
         raise RunError(f"{where}.every_k_steps = {every}: the cross-entropy is computed at every step")
     parameters = inspect.signature(loss.term).parameters
-    legal = [parameter for parameter in parameters if parameter != "record"]
+    legal = [parameter for parameter in parameters if parameter not in ("record", "of_teacher")]
     if unknown := [key for key in options if key not in legal]:
         raise RunError(f"{where}.{unknown[0]} is no option of {loss_name}, which takes {', '.join(legal) or 'none'}")
-    weight = parse_schedule(weight_text, total_steps, curve=curve, where=f"{where}.weight")
+    weight = parse(weight_text, where=f"{where}.weight")
     weights = sampled(weight, total_steps)
     if not np.isfinite(weights).all():
         step = int(np.argmin(np.isfinite(weights)))
@@ -257,7 +283,7 @@ def _term(
     scheduled = {}
     for key in [key for key in options if key in SCHEDULED_ARGUMENTS]:
         text = options.pop(key)
-        scheduled[key] = parse_schedule(text, total_steps, curve=curve, where=f"{where}.{key}")
+        scheduled[key] = parse(text, where=f"{where}.{key}")
         values = sampled(scheduled[key], total_steps)
         if not (np.isfinite(values) & (values > 0)).all():
             step = int(np.argmin(np.isfinite(values) & (values > 0)))
@@ -269,14 +295,16 @@ def _term(
         raise RunError(f"{where}.stages = {stages!r} must be empty or (student stage, teacher stage)")
     if loss_name == "cross_entropy":
         options.setdefault("label_smoothing", config.recipe.label_smoothing)
+    bound = partial(loss.term, **options)
     return Term(
         name,
         weight,
-        partial(loss.term, **options),
+        bound,
         scheduled,
         distils=loss_name != "cross_entropy",
         every_k_steps=every,
         gradient_stages=tuple(stages),
+        of_teacher=partial(terms.teacher_gradient, **bound.keywords) if "of_teacher" in parameters else None,
         bridge=f"each position's contribution, {_SMALLER}" if stages else loss.bridge,
     )
 

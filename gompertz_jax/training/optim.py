@@ -8,6 +8,8 @@ import optax
 from ..schedules import Schedule
 from .config import Config
 
+FINE = 1000  # steps an epoch, where there are no real ones
+
 
 def learning_rate(recipe: Config, *, steps_per_epoch: int) -> Schedule:
     """The learning rate by step: a linear warm-up from 0, then cosine to 0, steps down, or constant.
@@ -32,6 +34,14 @@ def learning_rate(recipe: Config, *, steps_per_epoch: int) -> Schedule:
     if warmup == 0:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def rate_by_step(recipe: Config, total_steps: int) -> Schedule:
+    """The learning rate of a run of so many steps, which need not be whole epochs: those then have a thousand each."""
+    if total_steps % recipe.epochs == 0:
+        return learning_rate(recipe, steps_per_epoch=total_steps // recipe.epochs)
+    finely = learning_rate(recipe, steps_per_epoch=FINE)
+    return lambda step: finely(step * (recipe.epochs * FINE / total_steps))
 
 
 def make_optimizer(recipe: Config, rate: Schedule) -> optax.GradientTransformation:

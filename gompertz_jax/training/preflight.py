@@ -113,9 +113,12 @@ def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None,
 
             return pull_back
 
-        def leading(count: int) -> Leading:
-            ours, theirs = jax.tree.map(lambda a: a[:count], (student, teacher))
-            return Leading(ours, pull_back_of(ours), theirs, pull_back_of(theirs))
+        def leading_of(outputs: Any) -> Any:
+            def leading(count: int) -> Leading:
+                first = jax.tree.map(lambda a: a[:count], outputs)
+                return Leading(first, pull_back_of(first))
+
+            return leading
 
         return Record(
             jnp.zeros(len(student.logits), jnp.int32),
@@ -125,7 +128,8 @@ def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None,
             teacher_views=views[1],
             student_pullback=pull_back_of(student),
             teacher_pullback=pull_back_of(teacher),
-            leading=leading,
+            leading=leading_of(student),
+            teacher_leading=leading_of(teacher),
             key=jax.random.key(0),
         )
 

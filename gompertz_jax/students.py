@@ -1,0 +1,260 @@
+"""Many students of one teacher in one compiled program: every arm of a comparison, and every seed of each.
+
+An arm is an objective. All students see the same batches; the batch is made once, and so is all that is read of the
+teacher. Students whose objectives have the same terms, and differ in schedules only, are a group: one program with the
+student as an axis, which picks the student's schedules. So a student pays for no term but its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from ._numerics import checked, positive_count
+from .data_parallel import check_mesh, spread_batch
+from .network import Network, PyTree
+from .objective import Objective, Term, check_objective
+from .record import Taught
+from .schedules import Schedule, constant_schedule, value_at
+from .step import Batch, Metrics, TrainState, check_batch, check_seed, copied, make_learn, progress_of, step_key, teach
+
+LAYOUTS = ("map", "vmap", "unroll")
+
+
+class Group(NamedTuple):
+    """Arms that differ in schedules only.
+
+    Attributes:
+      arms: their indices among all arms.
+      objectives: theirs, in this order.
+    """
+
+    arms: tuple[int, ...]
+    objectives: tuple[Objective, ...]
+
+    def at(self, arm: Int[Array, ""], state: TrainState) -> Objective:
+        """The objective of the `arm`-th of these at a step, its schedules being numbers; the arm may be traced."""
+
+        def numbers(objective: Objective) -> list[dict[str, Array]]:
+            where = state.step, progress_of(state)
+            return [
+                {name: jnp.asarray(value_at(schedule, *where), jnp.float32) for name, schedule in _schedules(term)}
+                for term in objective.terms
+            ]
+
+        rows = jax.lax.switch(arm, [partial(numbers, objective) for objective in self.objectives])
+        first, terms = self.objectives[0], []
+        for term, values in zip(first.terms, rows, strict=True):
+            held = {name: constant_schedule(value) for name, value in values.items()}
+            weight = held.pop("")
+            terms.append(term._replace(weight=weight, schedules=held))
+        return first._replace(terms=tuple(terms))
+
+
+def _schedules(term: Term) -> list[tuple[str, Any]]:
+    return [("", term.weight), *term.schedules.items()]
+
+
+def _shape(objective: Objective) -> tuple[Any, ...]:
+    """What two objectives of one group have in common: all but the schedules."""
+
+    def of_loss(loss: Any) -> Any:
+        return (loss.func, repr(loss.args), repr(sorted(loss.keywords.items()))) if isinstance(loss, partial) else loss
+
+    terms = tuple(
+        (
+            term.name,
+            of_loss(term.loss),
+            tuple(sorted(term.schedules)),
+            term.distils,
+            term.every_k_steps,
+            term.gradient_stages,
+        )
+        for term in objective.terms
+    )
+    return terms, repr(sorted(objective.projections.items())), objective.progress
+
+
+def grouped(objectives: Sequence[Objective]) -> tuple[Group, ...]:
+    """Arms by what they compute, each group in the order of its first arm.
+
+    Examples:
+      >>> import gompertz_jax as gj
+      >>> from gompertz_jax.students import grouped
+      >>> steady = gj.gompertz_objective(100, curve=gj.constant_schedule(1.0))
+      >>> [group.arms for group in grouped([gj.gompertz_objective(100), gj.student_alone(), steady])]
+      [(0, 2), (1,)]
+    """
+    found: dict[Any, list[int]] = {}
+    for index, objective in enumerate(objectives):
+        check_objective(objective)
+        found.setdefault(_shape(objective), []).append(index)
+    return tuple(Group(tuple(arms), tuple(objectives[arm] for arm in arms)) for arms in found.values())
+
+
+class Students(NamedTuple):
+    """The state of a comparison.
+
+    Attributes:
+      step: steps taken, int32 scalar. A student that failed stays at the step of its failure.
+      groups: per group a TrainState whose arrays have a leading axis: its students, arm by arm, and seed by seed within
+        an arm.
+    """
+
+    step: Int[Array, ""]
+    groups: tuple[TrainState, ...]
+
+
+def stacked(states: Sequence[Any]) -> Any:
+    """Several states, or other trees, as one with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def over_students(layout: str, one: Callable[..., Any], *arguments: PyTree) -> Any:
+    """A function of one student, for all students of a group: arrays with a leading axis in and out.
+
+    "map": one after another, compiled once. "vmap": all at once; convolutions become grouped ones. "unroll": one after
+    another, each compiled by itself, so that the compiler may interleave them.
+    """
+    if layout == "map":
+        return jax.lax.map(lambda student: one(*student), arguments)
+    if layout == "vmap":
+        return jax.vmap(one)(*arguments)
+    count = len(jax.tree.leaves(arguments)[0])
+    return stacked([one(*jax.tree.map(lambda leaf, i=i: leaf[i], arguments)) for i in range(count)])
+
+
+def teach_all(
+    teacher: Network | None, batch: Batch, groups: Sequence[Group], key: Array, step: Array
+) -> list[Taught | None]:
+    """What each group reads of the teacher on a batch, computed once for all of them."""
+    listed = [group.objectives[0].terms for group in groups]
+    taught = teach(teacher, batch, tuple(term for terms in listed for term in terms), key)
+    if taught is None:
+        return [None] * len(groups)
+    known: dict[Any, PyTree] = {}
+
+    def part(term: Term) -> PyTree:
+        identity = _shape(Objective((term._replace(name="", schedules={}),)))
+        if identity not in known:
+            assert term.of_teacher is not None
+            compute = partial(term.of_teacher, taught)
+            if term.every_k_steps > 1:
+                nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute))
+                known[identity] = jax.lax.cond(step % term.every_k_steps == 0, compute, lambda: nothing)
+            else:
+                known[identity] = compute()
+        return known[identity]
+
+    return [
+        taught._replace(parts={term.name: part(term) for term in terms if term.of_teacher is not None})
+        for terms in listed
+    ]
+
+
+@checked
+def make_comparison_step(
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    groups: Sequence[Group],
+    *,
+    make_batch: Callable[[Any, Array], Batch] | None = None,
+    steps_per_dispatch: int = 1,
+    seed: int = 0,
+    average_decay: float | None = None,
+    logged_schedules: Mapping[str, Schedule] | None = None,
+    layout: str = "map",
+    mesh: Mesh | None = None,
+) -> Callable[[Students, Network | None, Any], tuple[Students, tuple[Metrics, ...]]]:
+    """The compiled, donated step of all students; for each of them it is the step of `make_train_step`.
+
+    Args:
+      student: its `apply`, `mean` and `std`; the arrays are in the state.
+      optimizer: of every student.
+      groups: of `grouped`.
+      make_batch: as in `make_train_step`.
+      steps_per_dispatch: likewise.
+      seed: of the step's random keys, which are the same for all students.
+      average_decay: as in `make_train_step`.
+      logged_schedules: likewise.
+      layout: how a group's students share the device, see `over_students`.
+      mesh: as in `make_train_step`.
+
+    Returns:
+      `step(students, teacher, data) -> (students, metrics)`: per group a dict of arrays `[steps, students]`. A student
+      whose update was not finite stays as it is from then on, and the others go on.
+
+    Raises:
+      ValueError: an unknown layout; and as `make_train_step`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
+      >>> from gompertz_jax.students import Students, grouped, make_comparison_step, stacked
+      >>> def apply(params, stats, images, *, train, key=None):
+      ...     pooled = images.mean((1, 2))
+      ...     return gj.Outputs(pooled @ params, (images,), pooled), stats
+      >>> network = gj.Network(apply, jnp.ones((3, 10)), {}, mean=0.5, std=0.25)
+      >>> ce, kd = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0).terms
+      >>> arms = [gj.Objective((ce, kd)), gj.Objective((ce, kd._replace(weight=gj.constant_schedule(1.0))))]
+      >>> groups = grouped(arms)
+      >>> state = gj.init_state(network, optax.sgd(0.1), arms[0], (4, 4, 3), teacher=network)
+      >>> students = Students(jnp.int32(0), (stacked([state, state]),))
+      >>> step = make_comparison_step(network, optax.sgd(0.1), groups)
+      >>> batch = {"image": jnp.linspace(0, 1, 96).reshape(2, 4, 4, 3), "label": jnp.arange(2)}
+      >>> students, (metrics,) = step(students, network, batch)
+      >>> int(students.step), metrics["kd/weight"].shape
+      (1, (1, 2))
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
+    check_seed(seed)
+    check_mesh(mesh)
+    batch_of = (lambda data, step: data) if make_batch is None else make_batch
+    rest: dict[str, Any] = {
+        "average_decay": average_decay,
+        "logged_schedules": logged_schedules or {},
+        "skip_below": 0.0,
+        "mesh": mesh,
+    }
+    for group in groups:  # for its refusals
+        make_learn(student, optimizer, group.objectives[0], **rest)
+
+    def one_step(students: Students, teacher: Network | None, data: Any) -> tuple[Students, tuple[Metrics, ...]]:
+        batch = batch_of(data, students.step)
+        check_batch(batch)
+        batch, key = spread_batch(batch, mesh), step_key(seed, students.step)
+        taught = teach_all(teacher, batch, groups, key, students.step)
+
+        def one(group: Group, taught: Taught | None, state: TrainState, arm: Array) -> tuple[TrainState, Metrics]:
+            learn = make_learn(student, optimizer, group.at(arm, state), **rest)
+            return learn(state, lambda terms: taught, batch, key)
+
+        results = [
+            over_students(layout, partial(one, group, said), states, arms_of(group, states))
+            for group, said, states in zip(groups, taught, students.groups, strict=True)
+        ]
+        return (
+            Students(students.step + 1, tuple(state for state, _ in results)),
+            tuple(metrics for _, metrics in results),
+        )
+
+    def dispatch(students: Students, teacher: Network | None, data: Any) -> tuple[Students, tuple[Metrics, ...]]:
+        lacking = {term.name for group in groups for term in group.objectives[0].terms if term.distils}
+        if teacher is None and lacking:
+            raise ValueError(f"the terms {sorted(lacking)} need a teacher and got None: pass one")
+        return jax.lax.scan(lambda state, _: one_step(state, teacher, data), students, length=steps_per_dispatch)
+
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
+
+
+def arms_of(group: Group, states: TrainState) -> Int[Array, " students"]:
+    """Which of the group's arms each of its students is."""
+    count = len(states.failed_term)
+    return jnp.asarray(np.repeat(np.arange(len(group.arms)), count // len(group.arms)))
