@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_export(commands)
     _add_preview(commands)
     _add_compare(commands)
+    _add_tune(commands)
+    _add_report(commands)
     parsed, overrides = parser.parse_known_args(arguments)
     if "config" in parsed:
         parsed.overrides = overrides
@@ -26,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed.run(parsed)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except SystemExit as stopped:
+        from .training.stop import Stopped, leave
+
+        if isinstance(stopped, Stopped):
+            leave(stopped)
+        raise
 
 
 def _add_import_torch(commands: Any) -> None:
@@ -126,20 +134,34 @@ ARMS = "student,kd,constant,matched,linear,cosine,logistic,gompertz,reversed,pro
 
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help="arms of a config, each with several seeds, as one program")
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="changed by --config.any.key=value")
-    parser.add_argument(
-        "--arms", default=ARMS, help="names, and NAME=FILE[:VARIANT] for the objective of another config; default all"
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from the config's seed on; default 5")
+    _add_trials(parser, arms=ARMS, seeds=5)
     parser.add_argument("--baseline", default="", help="the arm to compare with; default matched, or student")
-    parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
-    parser.add_argument("--layout", default="map", help="of a group's students: map, vmap or unroll")
     parser.set_defaults(run=_compare)
 
 
-def _compare(parsed: argparse.Namespace) -> None:
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser("tune", help="the same number of trials for every arm, by validation")
+    _add_trials(parser, arms="matched,gompertz,full", seeds=1)
+    parser.add_argument("--trials", type=int, default=16, help="of every arm; default 16")
+    parser.add_argument("--search", default="sobol", help="sobol or random")
+    parser.set_defaults(run=_tune)
+
+
+def _add_trials(parser: Any, *, arms: str, seeds: int) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="changed by --config.any.key=value")
+    parser.add_argument(
+        "--arms",
+        default=arms,
+        help=f"names, and NAME=FILE[:VARIANT] for the objective of another config; default {arms}",
+    )
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"from the config's seed on; default {seeds}")
+    parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
+    parser.add_argument("--layout", default="map", help="of a group's students: map, vmap or unroll")
+
+
+def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The config and the arms that were named, for `compare` and `tune`."""
     from . import compare
-    from .training.stop import Stopped, leave
 
     config, arms = _config(parsed.config, parsed.overrides), {}
     for text in filter(None, (text.strip() for text in parsed.arms.split(","))):
@@ -152,17 +174,34 @@ def _compare(parsed: argparse.Namespace) -> None:
         arms[name] = config.copy_and_resolve_references()
         with arms[name].unlocked():
             arms[name].objective = _config(file, []).objective
-    try:
-        compare.compare(
-            config,
-            parsed.workdir,
-            arms=arms,
-            seeds=parsed.seeds,
-            baseline=parsed.baseline,
-            layout=parsed.layout,
-        )
-    except Stopped as stopped:
-        leave(stopped)
+    return {"config": config, "arms": arms, "seeds": parsed.seeds, "layout": parsed.layout, "workdir": parsed.workdir}
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from .compare import compare
+
+    compare(**_trials(parsed), baseline=parsed.baseline)
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    from .tune import tune
+
+    tune(**_trials(parsed), trials=parsed.trials, search=parsed.search)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="a run or a comparison as one HTML page that needs no network")
+    parser.add_argument("workdir", type=Path, help="of a run or comparison, which may still be going")
+    parser.add_argument("--out", type=Path, help="the page to write; default WORKDIR/report.html")
+    parser.set_defaults(run=_report)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from . import page
+
+    out = parsed.out or parsed.workdir / "report.html"
+    page.write(parsed.workdir, out)
+    print(f"written to {out}")
 
 
 def _config(file: str, overrides: Sequence[str]) -> Any:

@@ -102,7 +102,7 @@ def _conclude(workdir: Path, results: dict[str, Any], baseline: str) -> dict[str
     """Compare with the baseline, write the table and the picture, and then the results: a comparison is finished."""
     results = results | {"comparison": report.compared(results, baseline)}
     text = report.as_markdown(results)
-    report.plot_comparison(results, workdir / "comparison.png")
+    report.save(report.comparison_figure(results), workdir / "comparison.png")
     (workdir / "results.md").write_text(text)
     write_json(workdir / RESULTS, results)
     say(f"{text}\nfiles     {workdir}/ {RESULTS}, results.md, comparison.png, metrics.jsonl, checkpoints/, teacher/")
@@ -209,6 +209,13 @@ class Student(NamedTuple):
     place: int
 
 
+class Tested(NamedTuple):
+    """Test accuracies of the teacher and of every student."""
+
+    teacher: float | None
+    students: Mapping[Student, Mapping[str, float | None]]
+
+
 class Trained(NamedTuple):
     """All students after the last step."""
 
@@ -223,7 +230,7 @@ class Trained(NamedTuple):
     objectives: Mapping[str, Objective]
     mesh: Mesh
 
-    def results(self, workdir: Path, tested: "Tested | None" = None) -> dict[str, Any]:
+    def results(self, workdir: Path, tested: Tested | None = None) -> dict[str, Any]:
         """What is known of all students, and without `tested` nothing of the test images."""
         curves = _curves(workdir)
         trial, held = self.trial, self.dataset.validation
@@ -280,9 +287,9 @@ class Trained(NamedTuple):
         }
 
 
-def _curves(workdir: Path) -> dict[tuple[str, int], list[list[float]]]:
+def _curves(workdir: Path) -> dict[tuple[str, int], list[list[Any]]]:
     """Validation accuracy over steps, by arm and seed."""
-    found: dict[tuple[str, int], list[list[float]]] = {}
+    found: dict[tuple[str, int], list[list[Any]]] = {}
     for line in read_metrics(workdir / METRICS):
         if line["split"] == "validation" and line.get("accuracy") is not None:
             found.setdefault((line["arm"], line["seed"]), []).append([line["step"], line["accuracy"]])
@@ -443,13 +450,6 @@ def _program(
     states = tuple(stacked([s for objective in group.objectives for s in begun(objective)]) for group in groups)
     best = tuple(jax.vmap(Best.none)(group) for group in states)
     return Program(Students(jnp.zeros((), jnp.int32), states), best, measured, make_step, make_surveys, told)
-
-
-class Tested(NamedTuple):
-    """Test accuracies of the teacher and of every student."""
-
-    teacher: float | None
-    students: Mapping[Student, Mapping[str, float | None]]
 
 
 def tested(trained: Trained) -> Tested:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import report
 from .schedules import ByProgress
 from .training.config import Config, check
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
@@ -185,15 +186,11 @@ def _picture(values: np.ndarray) -> list[str]:
 
 def plot(shown: Preview, path: Path) -> None:
     """Draw all schedules over training into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = report.new_figure(7.0, 4.0)
     axes = figure.subplots()
     for name, values in shown.values.items():
         axes.plot(np.linspace(0, 100, len(values)), values, label=name, linestyle="--" if name == "curve" else "-")
     axes.set(xlabel="% of training", ylabel="value", title="schedules")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    report.save(figure, path)

@@ -41,18 +41,26 @@ def result_card(result: Mapping[str, Any], workdir: Path) -> str:
     return "\n".join([f"┌{rule}┐", *(f"│ {line:<{width}} │" for line in lines), f"└{rule}┘"])
 
 
-def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw schedules, weighted terms and accuracies over steps.
-
-    Args:
-      lines: the lines of metrics.jsonl.
-      path: the PNG to write.
-    """
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    temporary = path.with_suffix(".partial.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> Any:
+    """Schedules, weighted terms and accuracies over steps, from the lines of a run's metrics.jsonl, as a figure."""
+    figure = new_figure(12.0, 3.6)
     weights, terms, accuracy = figure.subplots(1, 3)
     train = [line for line in lines if line["split"] == "train"]
     steps = [line["step"] for line in train]
@@ -71,14 +79,7 @@ def plot_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    temporary = path.with_suffix(".partial.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    return figure
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -141,7 +142,8 @@ def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[st
     return rows
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first row is its head."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return [head, "|" + "---|" * len(rows[0]), *body]
 
@@ -152,24 +154,28 @@ CAPTIONS = {
 }
 
 
+def summary_of(results: Mapping[str, Any]) -> str:
+    """What was compared, and how its numbers are to be read."""
+    seeds, teacher = results["seeds"], results["teacher"]
+    taught = f"; the teacher has {_percent(results['teacher_test_accuracy'])} % of the test images" if teacher else ""
+    return (
+        f"{len(results['arms'])} arms, seeds {seeds[0]} to {seeds[-1]}, {results['steps']:,} steps each{taught}. "
+        "Mean ± standard deviation over seeds; differences are paired by seed, to "
+        f"{results['comparison']['baseline']}, with a t-interval; p of the paired t-test, as it is and corrected for "
+        f"the number of arms. All students see the same batches (order seed {results['order_seed']}): the deviation is "
+        "that of initial weights, not of data order."
+    )
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     """results.md: the tables of a comparison, and what made them."""
-    seeds, comparison = results["seeds"], results["comparison"]
-    teacher = results["teacher"]
-    lines = [
-        f"# {teacher or 'no teacher'} -> {results['student']} on {results['dataset']}",
-        "",
-        f"{len(results['arms'])} arms, seeds {seeds[0]} to {seeds[-1]}, {results['steps']:,} steps each"
-        + (f"; the teacher has {_percent(results['teacher_test_accuracy'])} % of the test images" if teacher else "")
-        + ". Mean ± standard deviation over seeds; differences are paired by seed, to "
-        f"`{comparison['baseline']}`, with a t-interval; p of the paired t-test, as it is and corrected for the number "
-        f"of arms. All students see the same batches (order seed {results['order_seed']}): the deviation is that of "
-        "initial weights, not of data order.",
-    ]
+    comparison = results["comparison"]
+    lines = [f"# {results['teacher'] or 'no teacher'} -> {results['student']} on {results['dataset']}"]
+    lines += ["", summary_of(results)]
     for figure, caption in CAPTIONS.items():
         if comparison[figure]:
-            lines += ["", f"## {caption}", "", *_markdown_table(comparison_rows(comparison, figure))]
-    lines += ["", "## Arms", "", *_markdown_table(schedule_table(_schedules(results)))]
+            lines += ["", f"## {caption}", "", *markdown_table(comparison_rows(comparison, figure))]
+    lines += ["", "## Arms", "", *markdown_table(schedule_table(schedules_of(results)))]
     lines += ["", *(f"- `{name}`: {arm['about']}" for name, arm in results["arms"].items())]
     if failed := [
         f"`{name}`, seed {student['seed']}, at step {student['failed_at_step']:,}"
@@ -189,7 +195,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _schedules(results: Mapping[str, Any]) -> dict[str, Any]:
+def schedules_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """By arm, its terms' weights in numbers."""
     return {name: arm["schedules"] for name, arm in results["arms"].items()}
 
 
@@ -223,15 +230,11 @@ def _most_common_term(results: Mapping[str, Any]) -> str:
     return max(counts, key=lambda term: (counts[term], term), default="")
 
 
-def plot_comparison(results: Mapping[str, Any], path: Path) -> None:
-    """Draw validation accuracy over steps with bands of a deviation, the schedules, and every student's accuracy."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def comparison_figure(results: Mapping[str, Any]) -> Any:
+    """Validation accuracy over steps with bands of a deviation, the schedules, and every student's accuracy."""
     arms, comparison = results["arms"], results["comparison"]
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    curves, weights, points = figure.subplots(1, 3)
+    figure = new_figure(15.0, 4.6)
+    over_steps, weights, points = figure.subplots(1, 3)
     shown = _most_common_term(results)
     for number, (name, arm) in enumerate(arms.items()):
         color = f"C{number % 10}"
@@ -241,8 +244,8 @@ def plot_comparison(results: Mapping[str, Any], path: Path) -> None:
             steps = [step for step, _ in whole[0]]
             values = np.array([[accuracy for _, accuracy in curve] for curve in whole])
             mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
-            curves.plot(steps, mean, line, color=color, label=name, linewidth=1.2)
-            curves.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+            over_steps.plot(steps, mean, line, color=color, label=name, linewidth=1.2)
+            over_steps.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
         if (numbers := arm["schedules"].get(shown)) is not None:
             weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], line, color=color, label=name)
         finals = [student.get("test_accuracy_last") for student in arm["students"]]
@@ -253,7 +256,7 @@ def plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     points.set_yticks(range(len(arms)), list(arms))
     points.invert_yaxis()
     for axes, title, label in (
-        (curves, "validation accuracy, mean and deviation", "step"),
+        (over_steps, "validation accuracy, mean and deviation", "step"),
         (weights, f"weight of the term {shown!r}", "fraction of training"),
         (points, "test accuracy after the last step, every seed", "accuracy"),
     ):
@@ -264,4 +267,4 @@ def plot_comparison(results: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{results['teacher']} -> {results['student']}, {results['dataset']}; baseline {comparison['baseline']}"
     )
-    _save(figure, path)
+    return figure

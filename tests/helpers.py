@@ -94,15 +94,7 @@ def differences(one, other):
         first, second = (without_timing(json.loads((run / name).read_text())) for run in (one, other))
         found += [f"{name}: {key}" for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
     for part in (Path("."), Path("teacher")):
-        first, second = (
-            [without_timing(line) for line in read_metrics(run / part / "metrics.jsonl")] for run in (one, other)
-        )
-        found += (
-            [f"{part / 'metrics.jsonl'}: {len(first)} and {len(second)} lines"] if len(first) != len(second) else []
-        )
-        found += [
-            f"{part / 'metrics.jsonl'}: {line}" for line, again in zip(first, second, strict=False) if line != again
-        ]
+        found += differences_of_metrics(one / part, other / part)
         for name in ("checkpoints/last", "network"):
             trees = [load_tree(run / part / name) for run in (one, other)]
             if jax.tree.structure(trees[0]) != jax.tree.structure(trees[1]):
@@ -113,6 +105,14 @@ def differences(one, other):
                 f"{part / name}: {path}" for (path, a), b in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()
             ]
     return found
+
+
+def differences_of_metrics(one, other):
+    """Where the metrics.jsonl of two workdirs differ, apart from times."""
+    first, second = ([without_timing(line) for line in read_metrics(run / "metrics.jsonl")] for run in (one, other))
+    if len(first) != len(second):
+        return [f"{one / 'metrics.jsonl'}: {len(first)} and {len(second)} lines"]
+    return [f"{one / 'metrics.jsonl'}: {line}" for line, again in zip(first, second, strict=True) if line != again]
 
 
 def load_tree(directory):

@@ -31,9 +31,9 @@ def test_curves_are_drawn_from_the_metrics_also_with_gaps(tmp_path):
         for step in range(10)
     ]  # fmt: skip
     lines.append({"step": 10, "split": "validation", "accuracy": 0.7, "agreement": 0.8})
-    report.plot_curves(lines, tmp_path / "curves.png")
+    report.save(report.curves(lines), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 2 * image.height
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100
-    report.plot_curves([], tmp_path / "empty.png")
+    report.save(report.curves([]), tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()

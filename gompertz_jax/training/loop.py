@@ -205,7 +205,7 @@ def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, 
 
 def conclude(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Draw the curves and write the result, in this order: with the result, a run is finished."""
-    report.plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png")
+    report.save(report.curves(read_metrics(workdir / "metrics.jsonl")), workdir / "curves.png")
     write_json(workdir / RESULT, result)
     return result
 

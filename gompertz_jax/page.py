@@ -1,0 +1,156 @@
+"""A run or a comparison as one HTML page: curves, tables, config and provenance, without a server or a network."""
+
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import report
+from .training.errors import RunError
+from .training.writer import METRICS, read_json, read_metrics, replace_text
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }
+figure { margin: 0; background: #fff; border-radius: 6px; overflow-x: auto; }
+figure svg { max-width: 100%; height: auto; display: block; }
+pre { overflow-x: auto; padding: .8rem; background: #8881; border-radius: 6px; font-size: 13px; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+"""
+
+
+def write(workdir: Path, out: Path) -> None:
+    """Write the page of what is in a workdir.
+
+    Args:
+      workdir: of a run or a comparison, finished or not.
+      out: the file.
+
+    Raises:
+      RunError: the workdir holds neither.
+    """
+    lines = read_metrics(workdir / METRICS)
+    if (workdir / "results.json").exists():
+        body = _comparison(read_json(workdir / "results.json"), lines)
+    elif (workdir / "config.json").exists():
+        result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
+        body = _run(result, read_json(workdir / "config.json"), lines, workdir)
+    else:
+        raise RunError(f"{workdir} holds no run and no comparison: give the --workdir of one")
+    title = html.escape(workdir.absolute().name)
+    replace_text(
+        out,
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n" + "\n".join(body) + "\n</body></html>\n",
+    )
+
+
+def _run(
+    result: Mapping[str, Any] | None, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], workdir: Path
+) -> Iterable[str]:
+    if result is None:
+        steps = max((line["step"] for line in lines), default=0)
+        yield f"<p>Not finished: {steps:,} steps so far.</p>"
+    else:
+        yield _table([("", ""), *_plain_rows(result, without=("config", "versions", "timing"))])
+    if lines:
+        yield from _figure("Weights, terms, accuracy", report.curves(lines))
+        yield from _telemetry({"": lines})
+    yield from _provenance(result or {}, config)
+
+
+def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    comparison = results["comparison"]
+    yield f"<p>{html.escape(report.summary_of(results))}</p>"
+    yield from _figure("", report.comparison_figure(results))
+    for figure, caption in report.CAPTIONS.items():
+        if comparison[figure]:
+            yield f"<h2>{caption}</h2>" + _table(report.comparison_rows(comparison, figure))
+    yield "<h2>Arms</h2>" + _table(report.schedule_table(report.schedules_of(results)))
+    yield _table([("arm", ""), *((name, arm["about"]) for name, arm in results["arms"].items())])
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_arm.setdefault(line["arm"], []).append(line)
+    yield from _telemetry(by_arm)
+    yield from _provenance(results, results["config"])
+
+
+def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+    """What was measured of each term: pull on the student, and how its transport converged."""
+    for title, names in (
+        ("Gradient norm of each raw term, and its cosine with the first term's", ("gradient_norm", "gradient_cosine")),
+        ("Sinkhorn iterations and marginal error", ("iterations", "marginal_error")),
+    ):
+        found = {
+            (arm, key.rpartition("/")[0], key.rpartition("/")[2])
+            for arm, lines in by_arm.items()
+            for line in lines
+            for key in line
+            if key.rpartition("/")[2] in names
+        }
+        if found:
+            yield from _figure(title, _telemetry_figure(by_arm, sorted(found), names))
+
+
+def _telemetry_figure(
+    by_arm: Mapping[str, Sequence[Mapping[str, Any]]], found: Sequence[tuple[str, str, str]], names: Sequence[str]
+) -> Any:
+    figure = report.new_figure(12.0, 3.8)
+    panels = dict(zip(names, figure.subplots(1, len(names)), strict=True))
+    for arm, term, name in found:
+        at: dict[int, list[float]] = {}
+        for line in by_arm[arm]:
+            value = line.get(f"{term}/{name}")
+            if value is not None:
+                at.setdefault(line["step"], []).append(value)
+        steps = sorted(at)
+        label = f"{arm}: {term}" if arm else term
+        panels[name].plot(steps, [float(np.mean(at[step])) for step in steps], label=label, linewidth=1)
+    for name, axes in panels.items():
+        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.grid(alpha=0.25)
+        if name in ("gradient_norm", "marginal_error"):
+            axes.set_yscale("log")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7)
+    return figure
+
+
+def _provenance(result: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[str]:
+    rows = [("", ""), *_plain_rows(result.get("timing", {})), *_plain_rows(result.get("versions", {}))]
+    rows += [(key, str(result[key])) for key in ("device", "commit", "data_sha256") if key in result]
+    yield "<h2>Provenance</h2>" + _table(rows)
+    text = html.escape(json.dumps(config, indent=2))
+    yield f"<details><summary>Config</summary><pre>{text}</pre></details>"
+
+
+def _plain_rows(values: Mapping[str, Any], without: Sequence[str] = ()) -> list[tuple[str, str]]:
+    return [
+        (key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+        for key, value in values.items()
+        if key not in without and value not in (None, {}, [])
+    ]
+
+
+def _figure(caption: str, figure: Any) -> Iterable[str]:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    if caption:
+        yield f"<h2>{html.escape(caption)}</h2>"
+    yield f"<figure>{svg[svg.index('<svg') :]}</figure>"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    return f"<table>{f'<thead><tr>{cells}</tr></thead>' if any(head) else ''}<tbody>{''.join(lines)}</tbody></table>"

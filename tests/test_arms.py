@@ -1,0 +1,69 @@
+"""The arms as data: what each does to the objective of the default config."""
+
+import numpy as np
+import pytest
+
+from gompertz_jax.arms import ARMS
+from gompertz_jax.compare import arm
+from gompertz_jax.training.config import get_default
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.objectives import build_objective, sampled
+from gompertz_jax.training.optim import rate_by_step
+
+STEPS = 480
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """By arm and term, the weight at every step."""
+    return {
+        name: {
+            term.name: np.float64(sampled(term.weight, STEPS))
+            for term in build_objective(arm(get_default(), name), STEPS).terms
+        }
+        for name in ARMS
+    }
+
+
+def test_every_arm_has_the_terms_that_it_keeps(weights):
+    scores, whole = {"ce", "kd"}, {"ce", "kd", "wasserstein", "gradient"}
+    others = {"student": {"ce"}, "transport": whole - {"gradient"}, "gradients": whole - {"wasserstein"}}
+    for name, terms in weights.items():
+        assert set(terms) == others.get(name, whole if name.startswith("full") else scores), name
+
+
+def test_no_two_arms_are_the_same(weights):
+    for name, terms in weights.items():
+        for other, those in weights.items():
+            same = terms.keys() == those.keys() and all(np.allclose(terms[t], those[t]) for t in terms)
+            # Progress is drawn as if it went with the clock.
+            assert (
+                not same
+                or name == other
+                or {name, other} <= {"gompertz", "progress"}
+                or {name, other} <= {"full", "full_progress"}
+            ), (name, other)
+
+
+def test_controls_have_the_areas_that_they_are_to_have(weights):
+    curve, rate = weights["gompertz"]["kd"], np.float64(rate_by_step(get_default().recipe, STEPS)(np.arange(STEPS)))
+    for prefix, term, factor in (("", "kd", 1.0), ("full_", "wasserstein", 4.0), ("full_", "gradient", 0.7)):
+        of = {name: weights[f"{prefix}{name}"][term] / factor for name in ("matched", "matched_lr", "reversed")}
+        np.testing.assert_allclose(of["matched"], curve.mean(), rtol=1e-5)
+        np.testing.assert_allclose(of["matched_lr"], (curve * rate).sum() / rate.sum(), rtol=1e-5)
+        np.testing.assert_allclose(of["reversed"], curve[::-1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weights["budget"]["ce"] + weights["budget"]["kd"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(weights["budget"]["kd"], 0.9 * curve, rtol=1e-5)
+    assert set(weights["kd"]["ce"]) == {np.float64(np.float32(0.1))}
+
+
+def test_an_arm_that_the_config_cannot_give_is_refused():
+    with pytest.raises(RunError, match="the arm 'gompert' is unknown; there are student, kd"):
+        arm(get_default(), "gompert")
+    config = get_default()
+    config.objective.curve = "linear()"
+    with pytest.raises(RunError, match=r"the arm 'gompertz' is one under objective.curve = 'linear\(\)'"):
+        arm(config, "gompertz")
+    del config.objective.terms["wasserstein"]
+    with pytest.raises(RunError, match="the arm 'transport' keeps terms of transport"):
+        arm(config, "transport")

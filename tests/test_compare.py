@@ -1,0 +1,128 @@
+"""A comparison from its config to its tables: students as in separate runs, fairness, resuming, refusals."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from helpers import differences_of_metrics, small_config
+
+from gompertz_jax import compare as room
+from gompertz_jax.cli import main
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.loop import train_and_evaluate
+from gompertz_jax.training.stop import Stop, Stopped
+from gompertz_jax.training.writer import read_metrics
+
+ARMS = ("matched", "gompertz")
+
+
+def arms_of(config):
+    return {name: room.arm(config, name) for name in ARMS}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compared")
+    config = small_config(**{"logging.term_gradients": 1})
+    return config, workdir, room.compare(config, workdir, arms=arms_of(config), seeds=2)
+
+
+def test_the_student_alone_is_always_there_and_every_arm_has_every_seed(compared):
+    _, workdir, results = compared
+    assert list(results["arms"]) == ["student", *ARMS]
+    for arm in results["arms"].values():
+        assert [student["seed"] for student in arm["students"]] == [0, 1]
+        for student in arm["students"]:
+            assert [step for step, _ in student["validation"]] == [15, 27, 39]
+            best = max(accuracy for _, accuracy in student["validation"])
+            assert student["best_validation_accuracy"] == pytest.approx(best, abs=1e-12)
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert (workdir / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_student_is_that_of_a_run_of_its_own(compared, tmp_path):
+    """The run has the student's seed, the comparison's order, and its teacher."""
+    config, workdir, results = compared
+    alone = arms_of(config)["gompertz"]
+    alone.seed, alone.order_seed, alone.teacher.dir = 1, 0, str(workdir / "teacher")
+    result = train_and_evaluate(alone, tmp_path)
+    student = results["arms"]["gompertz"]["students"][1]
+    for key in ("test_accuracy_last", "test_accuracy_best", "best_validation_accuracy", "best_step"):
+        assert student[key] == pytest.approx(result[key], abs=0.006), key  # two of 359 images
+    theirs = [
+        line
+        for line in read_metrics(workdir / "metrics.jsonl")
+        if (line.pop("arm"), line.pop("seed")) == ("gompertz", 1)
+    ]
+    ours = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["split"], line.keys()) for line in ours] == [
+        (line["step"], line["split"], line.keys()) for line in theirs
+    ]
+    for name in ("loss", "kd/weight", "kd/gradient_norm"):
+        values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
+        assert values[0]
+        np.testing.assert_allclose(*values, rtol=2e-3, err_msg=name)
+
+
+def test_all_arms_of_a_seed_begin_alike_and_seeds_do_not(compared):
+    _, workdir, _ = compared
+    first = {
+        (line["arm"], line["seed"]): line["ce/raw"]
+        for line in read_metrics(workdir / "metrics.jsonl")
+        if line["step"] == 0
+    }
+    np.testing.assert_allclose([first[arm, 0] for arm in ARMS], first["student", 0], rtol=1e-5)
+    assert abs(first["student", 0] - first["student", 1]) > 1e-3
+
+
+def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, monkeypatch, capsys):
+    config, workdir, whole = compared
+    asked = []
+
+    def requested(self):
+        asked.append(1)
+        self._asked = signal.SIGTERM if len(asked) == 65 + 7 else 0  # dispatches of the teacher, and of the students
+        return self._asked > 0
+
+    monkeypatch.setattr(Stop, "requested", requested)
+    with pytest.raises(Stopped):
+        room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
+    assert not (tmp_path / "results.json").exists()
+    again = room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
+    assert "goes on from step 21 of 39" in capsys.readouterr().out
+    assert again["arms"] == whole["arms"] and again["comparison"] == whole["comparison"]
+    assert differences_of_metrics(tmp_path, workdir) == []
+    # The same command once more reads what is there; another baseline is told without training.
+    other = room.compare(config, tmp_path, arms=arms_of(config), seeds=2, baseline="student")
+    assert other["comparison"]["baseline"] == "student" and other["arms"] == whole["arms"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"seeds": 0}, "--seeds=0: must be at least 1"),
+        ({}, {"layout": "rows"}, "--layout=rows: must be one of map, vmap, unroll"),
+        ({}, {"baseline": "kd"}, "--baseline=kd is not among the arms student, matched"),
+        ({"init_from": "x"}, {}, "init_from = 'x': the seeds would all begin with the same weights"),
+        ({"objective.skip_below": 0.1}, {}, "the arm 'student': objective.skip_below = 0.1"),
+        ({"recipe.epochs": 0}, {}, "recipe.epochs = 0: must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(changes, options, message, tmp_path):
+    config = small_config(**changes)
+    with pytest.raises(RunError, match=message):
+        room.compare(config, tmp_path / "x", arms={"matched": room.arm(config, "matched")}, **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_comparison_is_refused_in_the_same_workdir(compared):
+    config, workdir, _ = compared
+    with pytest.raises(RunError, match=r"belongs to a run with another config.*seeds: 2 -> 3"):
+        room.compare(config, workdir, arms=arms_of(config), seeds=3)
+
+
+def test_the_command_names_what_it_does_not_know(tmp_path):
+    for arms, message in (("matched,matched", "matched is there twice"), ("x", "the arm 'x' is unknown")):
+        with pytest.raises(SystemExit, match=message):
+            main(["compare", "--config", "configs/digits.py", "--arms", arms, "--workdir", str(tmp_path / "x")])

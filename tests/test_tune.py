@@ -1,0 +1,86 @@
+"""Trials: what is drawn of an arm, where, and what the winner's config is."""
+
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+from helpers import small_config
+
+from gompertz_jax import tune as room
+from gompertz_jax.compare import arm
+from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.workdir import frozen
+
+
+def test_what_is_drawn_of_an_arm_is_its_own():
+    config = small_config()
+    names = {name: [knob.name for knob in room.knobs(arm(config, name))] for name in ("gompertz", "matched", "student")}
+    scores = ["kd.weight", "kd.temperature"]
+    assert names == {
+        "gompertz": ["gompertz.displacement", "gompertz.rate", *scores],
+        "matched": scores,  # of the curve only the mean counts, which the weight's factor says
+        "student": [],
+    }
+
+
+def test_a_knob_changes_its_parameter_and_no_other():
+    config = arm(small_config(), "reversed")
+    for knob, value in zip(room.knobs(config), (4.0, 6.0, 0.5, 2.0), strict=True):
+        knob.set(config, value)
+    assert config.objective.curve == "reversed(gompertz(displacement=4.0, rate=6.0))"
+    assert config.objective.terms.kd.to_dict() == {
+        "loss": "soft_targets",
+        "weight": "0.5 * (1 * curve)",
+        "temperature": "2",
+    }
+
+
+def test_ranges_are_walked_by_the_logarithm_or_in_a_line():
+    assert [room.Range(1.0, 100.0).at(share) for share in (0.0, 0.5, 1.0)] == [1.0, 10.0, 100.0]
+    assert [room.Range(1.0, 3.0, linear=True).at(share) for share in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]
+
+
+def test_sobol_points_fill_the_cube_and_both_searches_are_of_the_seed():
+    points = room.shares("sobol", 16, 3, seed=1)
+    for column in points.T:  # one in every sixteenth
+        np.testing.assert_array_equal(np.sort((column * 16).astype(int)), np.arange(16))
+    for search in ("sobol", "random"):
+        first, again, other = (room.shares(search, 5, 2, seed=seed) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert first.shape == (5, 2) and not np.array_equal(first, other)
+
+
+def test_every_arm_gets_its_trials_and_the_best_by_validation_is_a_config(tmp_path, capsys):
+    config = small_config()
+    arms = {name: arm(config, name) for name in ("matched", "gompertz")}
+    result = room.tune(config, tmp_path, arms=arms, trials=2)
+    assert not re.search(r"test_accuracy_|teacher_test_accuracy\": [0-9]", json.dumps(result))
+    for name, ranked in result["tuned"].items():
+        accuracies = [trial["validation_accuracy"] for trial in ranked]
+        assert len(ranked) == 2 and accuracies == sorted(accuracies, reverse=True)
+        spec = importlib.util.spec_from_file_location("best", tmp_path / "best" / f"{name}.py")
+        best = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(best)
+        winner = result["config"]["arms"][f"{name}-{ranked[0]['trial']}"]
+        assert frozen(best.get_config()) == frozen(arms[name]) | {"objective": winner}
+    assert room.tune(config, tmp_path, arms=arms, trials=2) == result
+    assert "holds a finished search" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "arms", "options", "message"),
+    [
+        ({}, ["gompertz"], {"trials": 0}, "--trials=0"),
+        ({}, ["gompertz"], {"search": "grid"}, "--search=grid: must be sobol or random"),
+        ({}, [], {}, "--arms: there is nothing to tune"),
+        ({}, ["student"], {}, "the arm 'student' has no parameters to tune"),
+        ({"data.validation": 0}, ["gompertz"], {}, "data.validation = 0: trials are chosen by validation"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(changes, arms, options, message, tmp_path):
+    config = small_config(**changes)
+    with pytest.raises(RunError, match=message):
+        room.tune(config, tmp_path / "x", arms={name: arm(config, name) for name in arms}, **options)
+    assert not (tmp_path / "x").exists()
