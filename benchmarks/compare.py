@@ -4,9 +4,9 @@
     python benchmarks/compare.py --layouts map,vmap --arms 4 --json compare.json
 
 Every arm is CE + KD under another constant. Timed alternately, each by its seconds a step: "one program", all arms by
-`make_comparison_step` in each layout; "separate", a step of `make_train_step` by each arm, one after another; "teacher",
-its forward pass alone; "student", a step of the student on soft targets that are there. The least that a comparison can
-cost is teacher + arms x student. Compilation is told apart.
+`make_comparison_step` in each layout; "separate", a step of `make_train_step` by each arm, one after another;
+"teacher", its forward pass alone; "student", a step of the student on soft targets that are there. The least that a
+comparison can cost is teacher + arms x student. Compilation is told apart.
 """
 
 import argparse

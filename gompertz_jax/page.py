@@ -94,7 +94,7 @@ def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[st
             for arm, lines in by_arm.items()
             for line in lines
             for key in line
-            if key.rpartition("/")[2] in names
+            if "/" in key and key.rpartition("/")[2] in names
         }
         if found:
             yield from _figure(title, _telemetry_figure(by_arm, sorted(found), names))

@@ -1,0 +1,122 @@
+"""The page of a run and of a comparison: whole in itself, with all that it is to tell."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from gompertz_jax import page, report
+from gompertz_jax.training.errors import RunError
+
+TRAIN = {"split": "train", "loss": 1.0, "gradient_norm": 9.0, "accuracy": 0.5, "ce/weight": 1.0, "ce/weighted": 1.0}
+TOLD = {
+    "split": "validation",
+    "accuracy": 0.8,
+    "kd/gradient_norm": 2.0,
+    "kd/gradient_cosine": 0.1,
+}
+PROVENANCE = {"versions": {"jax": "1.2.3"}, "device": "cpu x 1", "commit": "abc", "timing": {"train_seconds": 3.0}}
+
+
+class Read(HTMLParser):
+    """What refers elsewhere, what was opened and not closed, and the words."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elsewhere, self.open, self.words = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elsewhere += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elsewhere += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += f" {data}"
+
+
+def of(directory):
+    page.write(directory, directory / "page.html")
+    text = (directory / "page.html").read_text()
+    read = Read(text)
+    assert read.elsewhere == [] and read.open == []
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    return read.words, text.count("<svg ")
+
+
+def write(directory, lines, **files):
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_run_that_is_going_and_then_has_ended(tmp_path):
+    lines = [{"step": step, **TRAIN, "wasserstein/iterations": 30.0} for step in (0, 10)]
+    write(tmp_path, lines, config={"recipe": {"note": "<script>alert(1)</script>"}})
+    words, pictures = of(tmp_path)
+    assert "Not finished: 10 steps so far." in words and "Sinkhorn iterations" in words and pictures == 2
+    assert "Gradient norm" not in words  # that of the whole step is no term's
+    assert "<script>alert(1)</script>" in words  # told, not run
+    result = {"dataset": "digits", "test_accuracy_last": 0.98765, **PROVENANCE}
+    write(tmp_path, [*lines, {"step": 20, **TOLD}], result=result)
+    words, pictures = of(tmp_path)
+    assert "0.9877" in words and "1.2.3" in words and "Gradient norm" in words and pictures == 3
+
+
+def test_a_comparison_has_its_tables_arms_and_telemetry(tmp_path):
+    term = {"start": 0.0, "middle": 0.5, "end": 1.0, "area": 0.5, "weighted_area": 0.25, "by_progress": True}
+    arms = {
+        name: {
+            "about": f"the arm {name}",
+            "objective": {},
+            "schedules": {"ce": term | {"curve": [1, 1]}, "kd": term | {"curve": [0, 1]}},
+            "students": [
+                {
+                    "seed": seed,
+                    "failed_at_step": None if good + seed else 7,
+                    "validation": [[10, 0.5], [20, 0.6]],
+                    **({"test_accuracy_last": 0.9 + good * seed / 100} if good + seed else {}),
+                }
+                for seed in (0, 1)
+            ],
+        }
+        for name, good in (("matched", 1), ("gompertz", 0))
+    }
+    results = {
+        "dataset": "digits",
+        "teacher": "big",
+        "student": "small",
+        "teacher_test_accuracy": 0.99,
+        "steps": 20,
+        "seeds": [0, 1],
+        "order_seed": 0,
+        "arms": arms,
+        "config": {},
+        **PROVENANCE,
+        "timing": {"train_seconds": 3.0, "teacher_seconds": 1.0, "images_per_second": 10.0},
+    }
+    results["comparison"] = report.compared(results, "matched")
+    last = results["comparison"]["last"]
+    assert last["matched"]["mean"] == pytest.approx(0.905) and last["gompertz"]["n"] == 1
+    assert last["gompertz"]["difference"]["mean"] == pytest.approx(-0.01) and results["comparison"]["best"] == {}
+    assert "`gompertz`, seed 0, at step 7" in report.as_markdown(results)
+    write(tmp_path, [{"step": 20, "arm": "gompertz", "seed": seed, **TOLD} for seed in (0, 1)], results=results)
+    words, pictures = of(tmp_path)
+    for told in ("90.50 ± 0.71", "-1.00", "baseline", "the arm gompertz", "kd (by progress)", "Gradient norm of each"):
+        assert told in words, told
+    assert pictures == 2
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="holds no run and no comparison"):
+        page.write(tmp_path, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
