@@ -22,13 +22,14 @@ from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, check_objective, evaluate
 from .projections import init_projections, project
-from .record import Leading, Pullback, Record
+from .record import Leading, NotStored, Pullback, Record, StoredOutputs, no_pullback
 from .schedules import Schedule, value_at
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 HEALTHY = -1
+STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # of a batch whose images the teacher has seen before
 
 
 class TrainState(NamedTuple):
@@ -154,16 +155,27 @@ def _raw_terms(
         key=term_key,
     )
     projection_stats, progress = state.projection_stats, state.progress
-    if teacher is not None and any(term.distils for term in objective.terms):
+    if any(term.distils for term in objective.terms):
+
+        def ask_teacher(count: int | None = None) -> tuple[Outputs, Pullback]:
+            if teacher is None:
+                lacking = [term.name for term in objective.terms if term.distils]
+                raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
+            theirs, _, pull_theirs = _forward(teacher, images[:count], teacher_taps, train=False)
+            return jax.lax.stop_gradient(theirs), _constant(pull_theirs)
 
         def leading(count: int) -> Leading:
+            if STORED in batch:
+                raise NotStored("gradients")
             running = learner.replace(stats=jax.lax.stop_gradient(stats))
             ours, _, pull_ours = _forward(running, images[:count], student_taps, train=False)
-            theirs, _, pull_theirs = _forward(teacher, images[:count], teacher_taps, train=False)
-            return Leading(ours, pull_ours, jax.lax.stop_gradient(theirs), _constant(pull_theirs))
+            return Leading(ours, pull_ours, *ask_teacher(count))
 
-        targets, _, pull_teacher = _forward(teacher, images, teacher_taps, train=False)
-        targets = jax.lax.stop_gradient(targets)
+        if STORED in batch:
+            stored = StoredOutputs.of(batch[STORED], batch.get(STORED_POOLED))
+            targets, pull_teacher = jax.lax.stop_gradient(stored), no_pullback
+        else:
+            targets, pull_teacher = ask_teacher()
         views = project(objective.projections, trainable["projections"], state.projection_stats, outputs, targets)
         student_views, teacher_views, projection_stats = views
         record = replace(
@@ -171,7 +183,7 @@ def _raw_terms(
             teacher=targets,
             student_views=student_views,
             teacher_views=teacher_views,
-            teacher_pullback=_constant(pull_teacher),
+            teacher_pullback=pull_teacher,
             leading=leading,
         )
         if objective.progress is not None:
@@ -336,7 +348,8 @@ def make_train_step(
       optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
       objective: terms and projections.
       make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
-        `data` is the batch itself.
+        `data` is the batch itself. A batch that also carries `teacher_logits` `[B, K]`, and for terms that read them
+        `teacher_pooled` `[B, d]`, is what the teacher said before of these very images: it is then not run.
       steps_per_dispatch: steps that one call takes, by `lax.scan`.
       seed: of the step's random keys: they are a function of it and the step, so a resume needs no saved key.
       average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told). After t
@@ -350,9 +363,10 @@ def make_train_step(
 
     Returns:
       `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
-      objective without distillation; every metric is an array `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`,
-      `gradient_norm`, `step` (the step they belong to), `failed_term`, `failed_step`, and per term `NAME/raw`,
-      `NAME/weight`, `NAME/weighted`, and `progress` where it is measured. They come from the state before the update.
+      objective without distillation or batches that carry its outputs; every metric is an array
+      `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`, `gradient_norm`, `step` (the step they belong to),
+      `failed_term`, `failed_step`, and per term `NAME/raw`, `NAME/weight`, `NAME/weighted`, and `progress` where it is
+      measured. They come from the state before the update.
       What was not computed at a step (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
@@ -444,8 +458,6 @@ def make_train_step(
 
     # One step goes through `scan` too: a second form of the program would round differently.
     def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
-        if teacher is None and (lacking := [term.name for term in objective.terms if term.distils]):
-            raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=_copied(mesh))
@@ -518,6 +530,14 @@ def _check_batch(batch: Batch) -> None:
         raise ValueError(
             f"label must be integers, one per image, of the shape {image.shape[:1]}, got {label.dtype} {label.shape}"
         )
+    if STORED_POOLED in batch and STORED not in batch:
+        raise ValueError(f"a batch with {STORED_POOLED!r} must have {STORED!r} too")
+    for name in batch.keys() & {STORED, STORED_POOLED}:
+        rows = batch[name]
+        if rows.ndim != 2 or rows.shape[0] != image.shape[0] or not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
+            )
 
 
 def _step_key(seed: int, step: Array) -> Array:

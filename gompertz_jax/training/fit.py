@@ -9,6 +9,7 @@ The order of things, which resuming relies on:
 4. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,12 +32,15 @@ from ..step import (
     make_eval_step,
     make_gradient_report,
     make_train_step,
+    output_shapes,
 )
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import RunError
-from .feed import Feed, Held, Images
+from .feed import Feed, Held, Images, Supply
 from .optim import learning_rate, make_optimizer
+from .outputs import OUTPUTS, stored_outputs
+from .preflight import stored_parts
 from .sharding import on_main, replicate, say
 from .stop import Stop
 from .teacher import fingerprint
@@ -113,6 +117,7 @@ def fit(
     seed: int,
     mesh: Mesh,
     stop: Stop | None = None,
+    views: int = 0,
 ) -> Fitted:
     """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
 
@@ -129,6 +134,8 @@ def fit(
       seed: of data order, augmentation and projections.
       mesh: the devices to train on.
       stop: asked after every dispatch.
+      views: how many views an image has, of which the teacher's outputs are then stored in `outputs/`; 0: any number,
+        and the teacher runs in every step.
 
     Returns:
       The trained network.
@@ -158,14 +165,7 @@ def fit(
 
     with (
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=lines_are_there) as checkpoints,
-        Feed(
-            data,
-            seed=seed,
-            batch_size=recipe.batch_size,
-            augment=config.augment,
-            steps_per_dispatch=plan.steps_per_dispatch,
-            mesh=mesh,
-        ) as feed,
+        contextlib.ExitStack() as stack,
     ):
         clock, not_converged = Clock(), {}
         if checkpoints.latest_step is None and teacher is not None and objective.projections:
@@ -185,6 +185,32 @@ def fit(
                 say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
         earlier, step = clock.total_seconds, int(state.step)
 
+        outputs = {}
+        if views and teacher is not None and step < plan.steps:
+            image = data.images.shape[1:]
+            ours, theirs = (output_shapes(net, image, batch_size=recipe.batch_size) for net in (network, teacher))
+            outputs = stored_outputs(
+                workdir / OUTPUTS,
+                teacher,
+                data,
+                parts=stored_parts(objective, ours, theirs, image),
+                views=views,
+                seed=seed,
+                augment=config.augment,
+                mesh=mesh,
+            )
+        feed = stack.enter_context(
+            Feed(
+                data,
+                seed=seed,
+                batch_size=recipe.batch_size,
+                augment=config.augment,
+                steps_per_dispatch=plan.steps_per_dispatch,
+                mesh=mesh,
+                views=views,
+                outputs=outputs,
+            )
+        )
         train_step = make_train_step(
             network,
             optimizer,
@@ -207,6 +233,8 @@ def fit(
         )
         held = data.validation
         classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
+        if outputs:
+            teacher = None  # its outputs are in the batches
         if step < plan.steps:
             # A program that is compiled ahead refuses what does not fit it: nothing is compiled a second time.
             train_step = train_step.lower(state, teacher, feed(step)).compile()
@@ -325,7 +353,7 @@ class Findings(NamedTuple):
 
 def make_survey(
     network: Network, objective: Objective, feed: Feed, *, report_batches: int, seed: int, mesh: Mesh
-) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Held], Findings]:
+) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Supply], Findings]:
     """The program that is queued behind a dispatch when its end is to be evaluated and saved.
 
     Args:
@@ -337,8 +365,8 @@ def make_survey(
       mesh: its devices.
 
     Returns:
-      `survey(state, best, teacher, held_out, classes, arrays) -> Findings`: `classes` are the teacher's of the held-out
-      images, `arrays` what the next dispatch reads. Accuracies are exact counts.
+      `survey(state, best, teacher, held_out, classes, supply) -> Findings`: `classes` are the teacher's of the held-out
+      images, `supply` what the next dispatch reads. Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)
     report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
@@ -350,7 +378,7 @@ def make_survey(
         teacher: Network | None,
         held: Held | None,
         classes: jax.Array | None,
-        arrays: Held,
+        supply: Supply,
     ) -> Findings:
         line = {}
         if held is not None:
@@ -363,7 +391,7 @@ def make_survey(
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Best.of(state, correct), best)
         if report_batches:
             reports = jax.lax.map(
-                lambda ahead: report(state, teacher, feed.make_batch(arrays, state.step + ahead)),
+                lambda ahead: report(state, teacher, feed.make_batch(supply, state.step + ahead)),
                 jnp.arange(report_batches),
             )
             line |= {name: values.mean() for name, values in reports.items()}
