@@ -24,7 +24,7 @@ from .training.data import Dataset, of_config
 from .training.errors import RunError
 from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
-from .training.workdir import CONFIG, provenance
+from .training.workdir import CONFIG, provenance, with_defaults
 from .training.writer import METRICS, read_json, read_metrics, write_json
 
 FORMATS = {"stablehlo": "student.stablehlo", "safetensors": "student.safetensors", "torch": "student.pth"}
@@ -65,7 +65,7 @@ def read_student(workdir: Path, dataset: Dataset, *, step: int | None = None) ->
     Raises:
       RunError: nothing is saved there at that step, or it is damaged.
     """
-    spec = read_json(workdir / CONFIG)["student"]
+    spec = with_defaults(read_json(workdir / CONFIG))["student"]
     if step is None and (workdir / "result.json").is_file():
         result = read_json(workdir / "result.json")
         best = result["test_accuracy_best"]
@@ -140,7 +140,7 @@ def export_student(
         )
     if not (workdir / CONFIG).is_file():
         raise RunError(f"{workdir} holds no run (no {CONFIG})")
-    config = read_json(workdir / CONFIG)
+    config = with_defaults(read_json(workdir / CONFIG))
     dataset = of_config(config["data"])
     student = read_student(workdir, dataset, step=step)
     label = "selected" if student.step is None else str(student.step)
@@ -177,11 +177,11 @@ def export_student(
             "normalisation": {"mean": dataset.mean, "std": dataset.std, "folded_in": fold_normalisation},
             "accuracy": student.accuracy | {"measured_at_export": _accuracy(student.network, dataset)},
             "provenance": {
-                "dataset": dataset.name,
-                "workdir": str(workdir.absolute()),
+                "dataset": _without_folders(dataset.name),
+                "workdir": workdir.absolute().name,
                 "checkpoint_step": student.step,
                 "seed": config["seed"],
-                "run_config": config,
+                "run_config": _without_folders(config),
                 "exported_by": provenance(),
             },
             "compared": compared,
@@ -193,6 +193,17 @@ def export_student(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+def _without_folders(value: Any) -> Any:
+    """A config for others to read: of every absolute path in it its last part is left."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, str):
+        form, colon, place = value.rpartition(":")  # as in "folder:/home/me/flowers"
+        if os.path.isabs(os.path.expanduser(place)):
+            return f"{form}{colon}{Path(place).name}"
+    return value
 
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -30,10 +30,14 @@ def scrambled(network, seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir as a run leaves it while it goes on: two checkpoints, the later one with a moving average."""
+    """A workdir as a run leaves it while it goes on: two checkpoints, the later one with a moving average.
+
+    Its config is older than some keys.
+    """
     workdir = tmp_path_factory.mktemp("run")
-    config = small_config()
+    config = small_config(**{"teacher.dir": str(workdir / "teachers" / "one")})
     content, dataset = frozen(config), load("digits", validation=100)
+    del content["data"]["image_size"], content["teacher"]["cache"]
     write_json(workdir / CONFIG, content)
     fresh = network_from(content["student"], dataset, seed=0)
     networks = {step: fresh.replace(**arrays) for step, arrays in ((15, _arrays(fresh, 1)), (27, _arrays(fresh, 2)))}
@@ -77,12 +81,15 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
     assert card["classes"] == list("0123456789")
     assert card["input"]["shape"] == ["batch", 8, 8, 1]
     assert card["normalisation"] == {"mean": list(dataset.mean), "std": list(dataset.std), "folded_in": fold}
-    assert card["provenance"]["checkpoint_step"] == 27 and card["accuracy"]["validation"] is None
+    assert card["provenance"]["checkpoint_step"] == 27 and card["provenance"]["workdir"] == workdir.name
+    assert str(workdir.parent) not in (out / "card.json").read_text() and card["accuracy"]["validation"] is None
     held = dataset.validation
     accuracy = np.mean(np.argmax(logits(network, images_of(held)), -1) == held.labels)
     measured = {"images": "validation", "count": 100, "accuracy": pytest.approx(accuracy)}
     assert card["accuracy"]["measured_at_export"] == measured
     assert card["compared"]["images"] == 64
+    config = card["provenance"]["run_config"]
+    assert config["teacher"]["dir"] == "one" and config["data"]["image_size"] == 0
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])

@@ -140,9 +140,9 @@ def _trace(
     stored: tuple[str, ...] = (),
 ) -> None:
     """Evaluate one term on shapes, where `stored` names any with only these of the teacher's outputs."""
-    read = inspect.signature(term.loss).parameters.get("projection")
-    name = None if read is None else read.default
-    alone = Objective((term,), {name: objective.projections[name]} if name in objective.projections else {})
+    named = inspect.signature(term.loss).parameters.get("projection")
+    read = {name: p for name, p in objective.projections.items() if named is not None and name == named.default}
+    alone = Objective((term,), read)
 
     def pull_back_of(outputs: Outputs | None) -> Any:
         def pull_back(cotangent: jax.Array, stage: int | None = None) -> jax.Array:
