@@ -1,5 +1,6 @@
 """Students out of workdirs, finished or not: formats, cards, and what is refused."""
 
+import importlib.util
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import small_config
 
 import gompertz_jax as gj
-from gompertz_jax import cli, export
+from gompertz_jax import cli, export, export_onnx
 from gompertz_jax.models import tensor_files
 from gompertz_jax.models.layers import Draws, GroupedPointwise, channel_shuffle, max_pool_2x2, mean_pool_3x3
 from gompertz_jax.training.checkpoint import Checkpoints
@@ -20,6 +21,8 @@ from gompertz_jax.training.fit import Best
 from gompertz_jax.training.teacher import network_card, network_from, save_network
 from gompertz_jax.training.workdir import CONFIG, frozen, sole_use
 from gompertz_jax.training.writer import write_json
+
+INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnx", "onnxruntime"))
 
 
 def scrambled(network, seed):
@@ -92,6 +95,20 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
     assert config["teacher"]["dir"] == "one" and config["data"]["image_size"] == 0
 
 
+@pytest.mark.skipif(not INSTALLED, reason=f"jax2onnx is not installed: {export_onnx.INSTALL}")
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_onnx_graph_of_a_run_that_is_going(run, tmp_path, fold):
+    workdir, networks, dataset, _ = run
+    out = export.export_student(workdir, tmp_path / "out", format="onnx", fold_normalisation=fold)
+    images, network = images_of(dataset.train, 5), networks[27]
+    given = images if fold else (images - network.mean) / network.std
+    got = export_onnx.read_onnx(out / "student.onnx")(given)
+    np.testing.assert_allclose(got, logits(network, images), rtol=1e-4, atol=1e-4)
+    card = json.loads((out / "card.json").read_text())
+    assert card["input"]["shape"] == ["batch", 8, 8, 1] and card["normalisation"]["folded_in"] == fold
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 def test_weights_of_any_checkpoint_under_pytorchs_names(run, kind):
     workdir, networks, _, _ = run
@@ -127,8 +144,12 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
         export.export_student(tmp_path, format="torch")
     with pytest.raises(RunError, match="cannot be folded into the weights of torch"):
         export.export_student(workdir, format="torch", fold_normalisation=True)
-    with pytest.raises(RunError, match="format 'onnx' is unknown"):
-        export.export_student(workdir, format="onnx")
+    with pytest.raises(RunError, match="format 'keras' is unknown"):
+        export.export_student(workdir, format="keras")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(RunError, match="'onnx' needs jax2onnx and onnx and onnxruntime: pip install onnx"):
+            export.export_student(workdir, format="onnx")
     # a writer that writes something else leaves nothing behind
     original = tensor_files.write_torch
     monkeypatch.setattr(tensor_files, "write_torch", lambda path, t: original(path, t | {"fc.bias": t["fc.bias"] + 1}))
