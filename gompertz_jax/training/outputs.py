@@ -76,7 +76,7 @@ def stored_outputs(
     template = {name: jax.ShapeDtypeStruct((count, getattr(shapes, name).shape[1]), jnp.float32) for name in parts}
     if lacking:
         say(f"the teacher's outputs are computed once, for {len(lacking)} x {count:,} images, into {directory}")
-        of_view = _asked(teacher, data, template, seed=seed, augment=augment, mesh=mesh)
+        of_view = asked(teacher, data, template, seed=seed, augment=augment, mesh=mesh)
         for view in lacking:
             save_arrays(directory / str(view), replicate(of_view(view), mesh))
     # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
@@ -104,7 +104,7 @@ def _read_card(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def _asked(
+def asked(
     teacher: Network,
     data: Images,
     template: Mapping[str, jax.ShapeDtypeStruct],
