@@ -364,7 +364,7 @@ def stored_bytes(teacher: Outputs, parts: Sequence[str], *, views: int, count: i
 
 
 def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else "under 1 MiB"
 
 
 def _bytes(tree: PyTree) -> int:
