@@ -25,6 +25,7 @@ from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.feed import Feed, Images
 from gompertz_jax.training.fit import Plan, fit
 from gompertz_jax.training.images import Split
+from gompertz_jax.training.objectives import build_objective
 from gompertz_jax.training.optim import learning_rate, make_optimizer
 from gompertz_jax.training.sharding import data_mesh, replicate
 

@@ -87,10 +87,10 @@ def _import_torch(parsed: argparse.Namespace) -> None:
 def _add_export(commands: Any) -> None:
     parser = commands.add_parser("export", help="the student of a run, alone, with a card")
     parser.add_argument("workdir", type=Path, help="of a run, which may still be going")
-    parser.add_argument("--format", required=True, help="stablehlo, safetensors or torch")
+    parser.add_argument("--format", required=True, help="stablehlo, onnx, safetensors or torch")
     parser.add_argument("--step", type=int, help="of a checkpoint; default: the selected network, or the newest")
     parser.add_argument("--out", type=Path, help="the directory to write; default WORKDIR/export/FORMAT-STEP")
-    parser.add_argument("--fold-normalisation", action="store_true", help="stablehlo: take images in [0, 1]")
+    parser.add_argument("--fold-normalisation", action="store_true", help="stablehlo, onnx: take images in [0, 1]")
     parser.set_defaults(run=_export)
 
 

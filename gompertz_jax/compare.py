@@ -20,7 +20,7 @@ from .network import Network
 from .objective import Objective
 from .projections import measure_teacher
 from .schedules import ByProgress
-from .step import HEALTHY, TrainState, init_state, make_eval_step
+from .step import HEALTHY, TrainState, init_state, make_eval_step, output_shapes
 from .students import LAYOUTS, Group, Students, arms_of, grouped, make_comparison_step, over_students, stacked
 from .training import config as config_module
 from .training import preflight
@@ -28,7 +28,7 @@ from .training.compilation import keep_compiled
 from .training.config import Config
 from .training.data import Dataset, of_config
 from .training.errors import RunError
-from .training.feed import Feed, Images
+from .training.feed import Feed, Images, device_room
 from .training.fit import (
     Best,
     Driven,
@@ -44,6 +44,7 @@ from .training.fit import (
 from .training.loop import Teacher, finished, obtain_teacher, order_seed, student_seed, teacher_shapes
 from .training.objectives import build_objective, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
+from .training.preflight import stored_parts
 from .training.sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, network_shapes, read_card
@@ -317,6 +318,8 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
             steps=plan.steps,
             steps_per_dispatch=plan.steps_per_dispatch,
             devices=mesh.size,
+            views=config.teacher.cache.views,
+            room=device_room(config.data, mesh.local_devices[0].memory_stats()),
             label=f"{workdir}, seeds {trial.seeds[0]} to {trial.seeds[-1]}, the arm {list(objectives)[group.arms[0]]}",
         )
         for group in groups
@@ -351,6 +354,7 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
         order_seed=student_seed(order_seed(config)),
         mesh=mesh,
         stop=stop,
+        views=config.teacher.cache.views,
     )
     return Trained(trial, students, networks[0], groups, driven, dataset, teacher, plan, objectives, mesh)
 
@@ -447,9 +451,15 @@ def _program(
             for student in students
         ]
 
+    def parts(teacher: Network) -> tuple[str, ...]:
+        image = data.images.shape[1:]
+        ours, theirs = (output_shapes(net, image, batch_size=config.recipe.batch_size) for net in (network, teacher))
+        read = {part for group in groups for part in stored_parts(group.objectives[0], ours, theirs, image)}
+        return tuple(sorted(read))
+
     states = tuple(stacked([s for objective in group.objectives for s in begun(objective)]) for group in groups)
     best = tuple(jax.vmap(Best.none)(group) for group in states)
-    return Program(Students(jnp.zeros((), jnp.int32), states), best, measured, make_step, make_surveys, told)
+    return Program(Students(jnp.zeros((), jnp.int32), states), best, measured, make_step, make_surveys, told, parts)
 
 
 def tested(trained: Trained) -> Tested:

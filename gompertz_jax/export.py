@@ -1,9 +1,10 @@
-"""The student of a run, alone and ready for use elsewhere: StableHLO, safetensors or a PyTorch state dict, with a card.
+"""The student of a run, alone and ready for use elsewhere: a program or its weights in a format of others, with a card.
 
 The run's workdir is only read, and its lock is not taken: a run that is still going can be exported from.
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
+from . import export_onnx
 from .models import tensor_files, torch_layouts
 from .network import Network
 from .step import as_unit_interval, make_eval_step
@@ -24,10 +26,16 @@ from .training.data import Dataset, of_config
 from .training.errors import RunError
 from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
-from .training.workdir import CONFIG, provenance
+from .training.workdir import CONFIG, provenance, with_defaults
 from .training.writer import METRICS, read_json, read_metrics, write_json
 
-FORMATS = {"stablehlo": "student.stablehlo", "safetensors": "student.safetensors", "torch": "student.pth"}
+FORMATS = {
+    "stablehlo": "student.stablehlo",
+    "onnx": "student.onnx",
+    "safetensors": "student.safetensors",
+    "torch": "student.pth",
+}
+PROGRAMS = ("stablehlo", "onnx")  # the others are weights
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _COMPARED = 64  # real images whose logits must agree before an export is done
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest logit
@@ -65,7 +73,7 @@ def read_student(workdir: Path, dataset: Dataset, *, step: int | None = None) ->
     Raises:
       RunError: nothing is saved there at that step, or it is damaged.
     """
-    spec = read_json(workdir / CONFIG)["student"]
+    spec = with_defaults(read_json(workdir / CONFIG))["student"]
     if step is None and (workdir / "result.json").is_file():
         result = read_json(workdir / "result.json")
         best = result["test_accuracy_best"]
@@ -111,38 +119,42 @@ def export_student(
     """Write the student of a run, without teacher, projections and optimiser, and a card beside it.
 
     "stablehlo" is a program that `jax.export.deserialize(bytes).call(images)` runs without this package, for any batch
-    size, on CPU, CUDA, ROCm and TPU: images `[B, H, W, C]` float32 -> logits `[B, K]`. "safetensors" and "torch" hold
-    the weights under PyTorch's names: RepDistiller's, or torchvision's for the "imagenet" stem.
+    size, on CPU, CUDA, ROCm and TPU: images `[B, H, W, C]` float32 -> logits `[B, K]`. "onnx" is a graph of the same
+    form, for onnxruntime; it is written by jax2onnx, which is installed apart. "safetensors" and "torch" hold the
+    weights under PyTorch's names: RepDistiller's, or torchvision's for the "imagenet" stem.
 
     What was written is read again, and its logits on real images are compared, before it gets its name.
 
     Args:
       workdir: of a run, which may still be going; it is only read.
       out: the directory to write; None for `WORKDIR/export/FORMAT-STEP`. It must not be there.
-      format: "stablehlo", "safetensors" or "torch".
+      format: "stablehlo", "onnx", "safetensors" or "torch".
       step: of a checkpoint; None for the network that the run selected, or while it goes on, for its newest checkpoint.
-      fold_normalisation: of "stablehlo": the program normalises, and takes images in [0, 1]. Weights alone cannot: the
+      fold_normalisation: of a program: it normalises, and takes images in [0, 1]. Weights alone cannot: the
         zeros with which convolutions pad stand for the mean only after normalisation.
 
     Returns:
       The directory.
 
     Raises:
-      RunError: an unknown format, nothing to export, a directory that is there, or logits that do not agree.
+      RunError: an unknown format, or one whose writer is not installed; nothing to export; a directory that is there;
+        logits that do not agree.
     """
     workdir = Path(workdir).expanduser()
     if format not in FORMATS:
         raise RunError(f"format {format!r} is unknown; there are {', '.join(FORMATS)}")
-    if fold_normalisation and format != "stablehlo":
+    if fold_normalisation and format not in PROGRAMS:
         raise RunError(
             f"normalisation cannot be folded into the weights of {format}: the zeros with which convolutions pad stand "
-            "for the mean only after normalisation; normalise as the card says, or export stablehlo"
+            "for the mean only after normalisation; normalise as the card says, or export a program, such as stablehlo"
         )
     if not (workdir / CONFIG).is_file():
         raise RunError(f"{workdir} holds no run (no {CONFIG})")
-    config = read_json(workdir / CONFIG)
+    config = with_defaults(read_json(workdir / CONFIG))
     dataset = of_config(config["data"])
     student = read_student(workdir, dataset, step=step)
+    if format == "onnx":
+        _check_onnx(student.spec["dtype"])
     label = "selected" if student.step is None else str(student.step)
     out = workdir / "export" / f"{format}-{label}" if out is None else Path(out).expanduser()
     if out.exists():
@@ -154,6 +166,8 @@ def export_student(
         image_shape = dataset.train.images.shape[1:]
         if format == "stablehlo":
             _write_stablehlo(file, student.network, image_shape, fold_normalisation)
+        elif format == "onnx":
+            export_onnx.write_onnx(file, _logits(student.network, fold_normalisation), image_shape)
         else:
             tensors = torch_layouts.to_state_dict(student.network, student.spec["model"], student.spec["options"])
             if format == "torch":
@@ -170,18 +184,18 @@ def export_student(
             "dtype": student.spec["dtype"],
             "classes": dataset.class_names,
             "input": {
-                "shape": ["batch", *(image_shape if format == "stablehlo" else _channels_first(image_shape))],
+                "shape": ["batch", *(image_shape if format in PROGRAMS else _channels_first(image_shape))],
                 "dtype": "float32",
                 "values": "in [0, 1]" if fold_normalisation else "(image in [0, 1] - mean) / std, per channel",
             },
             "normalisation": {"mean": dataset.mean, "std": dataset.std, "folded_in": fold_normalisation},
             "accuracy": student.accuracy | {"measured_at_export": _accuracy(student.network, dataset)},
             "provenance": {
-                "dataset": dataset.name,
-                "workdir": str(workdir.absolute()),
+                "dataset": _without_folders(dataset.name),
+                "workdir": workdir.absolute().name,
                 "checkpoint_step": student.step,
                 "seed": config["seed"],
-                "run_config": config,
+                "run_config": _without_folders(config),
                 "exported_by": provenance(),
             },
             "compared": compared,
@@ -193,6 +207,28 @@ def export_student(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+def _check_onnx(dtype: str) -> None:
+    """Refuse what cannot be converted before anything is."""
+    if lacking := [name for name in ("jax2onnx", "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
+        raise RunError(
+            f"format 'onnx' needs {' and '.join(lacking)}: {export_onnx.INSTALL} (without its dependencies, since it "
+            "asks for an older Orbax than this package does, and needs none)"
+        )
+    if dtype != "float32":
+        raise RunError(f"format 'onnx' is of float32, and the student computes in {dtype}; export stablehlo")
+
+
+def _without_folders(value: Any) -> Any:
+    """A config for others to read: of every absolute path in it its last part is left."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, str):
+        form, colon, place = value.rpartition(":")  # as in "folder:/home/me/flowers"
+        if os.path.isabs(os.path.expanduser(place)):
+            return f"{form}{colon}{Path(place).name}"
+    return value
 
 
 def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -229,8 +265,11 @@ def _compare(file: Path, student: Student, dataset: Dataset, format: str, fold: 
     images = as_unit_interval(jnp.asarray(held_out(dataset).images[:_COMPARED]))
     network = student.network
     expected = np.asarray(jax.jit(_logits(network, True))(images))
-    if format == "stablehlo":
-        read = jax_export.deserialize(bytearray(file.read_bytes())).call
+    if format in PROGRAMS:
+        if format == "onnx":
+            read = export_onnx.read_onnx(file)
+        else:
+            read = jax_export.deserialize(bytearray(file.read_bytes())).call
         given = images if fold else (images - network.mean) / network.std
         got = np.concatenate([read(given[:3]), read(given[3:])])  # two batch sizes
     else:

@@ -40,6 +40,51 @@ class Taught(NamedTuple):
     parts: Mapping[str, Any] = {}
 
 
+class NotStored(ValueError):
+    """A term reads more of a teacher than was computed before; `what` says what."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"the teacher's {what} are read, and are not among its stored outputs: drop the term, or leave them out of "
+            "the batch, so that the teacher is run"
+        )
+        self.what = what
+
+
+class StoredOutputs(Outputs):
+    """A teacher's outputs that were computed before: its logits, and its pooled vectors where they were kept.
+
+    Raises:
+      NotStored: something else of them is read.
+    """
+
+    @classmethod
+    def of(cls, logits: Array, pooled: Array | None = None) -> "StoredOutputs":
+        """Outputs without maps, and perhaps without pooled vectors."""
+        return cls(logits, (), pooled)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def features(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not there."""
+        raise NotStored("maps")
+
+    @property
+    def pooled(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The vectors, if they were kept."""
+        if self[2] is None:
+            raise NotStored("pooled vectors")
+        return self[2]
+
+
+def no_pullback(cotangent: Array, stage: int | None = None) -> Array:
+    """The pull-back of stored outputs.
+
+    Raises:
+      NotStored: always.
+    """
+    raise NotStored("gradients")
+
+
 @dataclass(frozen=True)
 class Record:
     """What the terms may read. Nothing is computed that no term asks for.

@@ -22,13 +22,14 @@ from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, check_objective, evaluate
 from .projections import init_projections, project
-from .record import Leading, Pullback, Record, Taught
+from .record import Leading, NotStored, Pullback, Record, StoredOutputs, Taught, no_pullback
 from .schedules import Schedule, value_at
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 HEALTHY = -1
+STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # of a batch whose images the teacher has seen before
 
 
 class TrainState(NamedTuple):
@@ -130,16 +131,26 @@ class _Aux(NamedTuple):
 
 def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Array) -> Taught | None:
     """What a teacher says of a batch, as far as these terms read it; None where none of them distils."""
-    if teacher is None or not any(term.distils for term in terms):
+    if not any(term.distils for term in terms):
         return None
+    labels, (_, term_key) = batch["label"], jax.random.split(key)
+    if STORED in batch:
+
+        def not_stored(count: int) -> Leading:
+            raise NotStored("gradients")
+
+        stored = jax.lax.stop_gradient(StoredOutputs.of(batch[STORED], batch.get(STORED_POOLED)))
+        return Taught(labels, stored, no_pullback, not_stored, term_key)
+    if teacher is None:
+        lacking = [term.name for term in terms if term.distils]
+        raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
     taps = [pair[1] for pair in _tapped(terms)]
 
     def said(images: Array) -> Leading:
         outputs, _, pull_back = _forward(teacher, images, taps, train=False)
         return Leading(jax.lax.stop_gradient(outputs), _constant(pull_back))
 
-    _, term_key = jax.random.split(key)
-    return Taught(batch["label"], *said(batch["image"]), lambda count: said(batch["image"][:count]), term_key)
+    return Taught(labels, *said(batch["image"]), lambda count: said(batch["image"][:count]), term_key)
 
 
 def _raw_terms(
@@ -415,7 +426,8 @@ def make_train_step(
       optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
       objective: terms and projections.
       make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
-        `data` is the batch itself.
+        `data` is the batch itself. A batch that also carries `teacher_logits` `[B, K]`, and for terms that read them
+        `teacher_pooled` `[B, d]`, is what the teacher said before of these very images: it is then not run.
       steps_per_dispatch: steps that one call takes, by `lax.scan`.
       seed: of the step's random keys: they are a function of it and the step, so a resume needs no saved key.
       average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told). After t
@@ -429,9 +441,10 @@ def make_train_step(
 
     Returns:
       `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
-      objective without distillation; every metric is an array `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`,
-      `gradient_norm`, `step` (the step they belong to), `failed_term`, `failed_step`, and per term `NAME/raw`,
-      `NAME/weight`, `NAME/weighted`, and `progress` where it is measured. They come from the state before the update.
+      objective without distillation or batches that carry its outputs; every metric is an array
+      `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`, `gradient_norm`, `step` (the step they belong to),
+      `failed_term`, `failed_step`, and per term `NAME/raw`, `NAME/weight`, `NAME/weighted`, and `progress` where it is
+      measured. They come from the state before the update.
       What was not computed at a step (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
@@ -492,8 +505,6 @@ def make_train_step(
 
     # One step goes through `scan` too: a second form of the program would round differently.
     def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
-        if teacher is None and (lacking := [term.name for term in objective.terms if term.distils]):
-            raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
@@ -567,6 +578,14 @@ def check_batch(batch: Batch) -> None:
         raise ValueError(
             f"label must be integers, one per image, of the shape {image.shape[:1]}, got {label.dtype} {label.shape}"
         )
+    if STORED_POOLED in batch and STORED not in batch:
+        raise ValueError(f"a batch with {STORED_POOLED!r} must have {STORED!r} too")
+    for name in batch.keys() & {STORED, STORED_POOLED}:
+        rows = batch[name]
+        if rows.ndim != 2 or rows.shape[0] != image.shape[0] or not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
+            )
 
 
 def step_key(seed: int, step: Array) -> Array:

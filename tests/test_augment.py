@@ -15,7 +15,8 @@ from gompertz_jax.training.augment import batch_indices, shuffled_index
 # The chance of a false alarm where a test compares with a distribution; seeds are fixed, so it was taken once.
 RARE = 1e-4
 
-make_batch = jax.jit(augment.make_batch, static_argnames=("batch_size", "padding", "flip"))
+make_batch = jax.jit(augment.make_batch, static_argnames=("batch_size", "padding", "flip", "views"))
+augmented_view = jax.jit(augment.augmented_view, static_argnames=("padding", "flip"))
 random_crop = jax.jit(augment.random_crop, static_argnums=2)
 random_flip = jax.jit(augment.random_flip)
 
@@ -265,6 +266,49 @@ def test_the_same_image_is_augmented_otherwise_in_the_next_epoch():
         for step in range(20)
     }
     assert len(seen) > 10
+
+
+# Views
+
+
+def test_a_view_is_of_the_seed_its_number_and_the_image_alone():
+    """Wherever in an epoch an image comes, in the e-th it is view e mod V, and its stored outputs are of that view."""
+    images, labels = numbered()
+    settings = {"seed": 3, "padding": 2, "flip": True}
+    whole = [np.asarray(augmented_view(images, jnp.arange(200), view, **settings)) for view in range(3)]
+    index_of = jax.jit(lambda step: batch_indices(step, seed=3, batch_size=60, size=200))
+    outputs = {"logits": 1000.0 * jnp.arange(3)[:, None, None] + jnp.arange(200)[:, None] + jnp.zeros((3, 200, 2))}
+    for step in (0, 1, 3, 8, 9, 14, 3 * 3 + 1):
+        index, view = np.asarray(index_of(step)), step // 3 % 3
+        batch = make_batch(images, labels, step, batch_size=60, views=3, outputs=outputs, **settings)
+        np.testing.assert_array_equal(batch["image"], whole[view][index])
+        np.testing.assert_array_equal(batch["teacher_logits"], np.stack([1000 * view + index] * 2, -1))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        same = (whole[one] == whole[other]).all((1, 2, 3)).mean()
+        assert same < 5 / 50  # of 25 windows, mirrored or not, the two of an image are equal by chance
+    other = augmented_view(images, jnp.arange(200), 0, **settings | {"seed": 4})
+    assert (whole[0] == other).all((1, 2, 3)).mean() < 5 / 50
+
+
+def test_views_are_moved_and_mirrored_evenly():
+    """By where the column that tells 2, and the first row, are found after a crop of one pixel of 3x3 images."""
+    images = np.zeros((2000, 3, 3, 1), np.uint8)
+    images[:, 1, :, 0] = [50, 100, 150]
+    seen = np.asarray(augmented_view(jnp.asarray(images), jnp.arange(2000), 5, seed=0, padding=1, flip=True))
+    pixels = np.rint(seen[..., 0] * 255).astype(int)
+    row, column = (np.argmax((pixels == 100).any(axis), 1) for axis in (2, 1))
+    mirrored = np.array([picture[picture > 0][0] > picture[picture > 0][-1] for picture in pixels])
+    counts = np.bincount((row * 3 + column) * 2 + mirrored, minlength=18)
+    assert stats.chisquare(counts).pvalue > RARE
+
+
+@pytest.mark.parametrize(("views", "shape"), [(-1, None), (0, (1, 10, 2)), (3, (2, 10, 2)), (3, (3, 9, 2))])
+def test_views_without_their_outputs_are_refused(views, shape):
+    images, labels = numbered(10)
+    outputs = None if shape is None else {"logits": jnp.zeros(shape)}
+    settings = {"seed": 0, "batch_size": 2, "padding": 0, "flip": False}
+    with pytest.raises(ValueError, match=f"views = {views}: must not be negative, and outputs"):
+        augment.make_batch(images, labels, 0, views=views, outputs=outputs, **settings)
 
 
 def test_grey_images_of_any_shape():

@@ -65,6 +65,7 @@ def test_the_methods_name_every_loss_that_is_published(monkeypatch):
         ({"recipe.warmup_epochs": 300.0}, "recipe.warmup_epochs"),
         ({"teacher.recipe.momentum": 1.0}, "teacher.recipe.momentum"),
         ({"teacher.min_accuracy": 93.0}, "is a fraction"),
+        ({"teacher.cache.views": -1}, "teacher.cache.views = -1"),
         ({"steps_per_dispatch": 0}, "steps_per_dispatch = 0"),
         ({"augment.padding": -1}, "augment.padding"),
         ({"data.name": "cifar"}, "data.name = 'cifar'"),

@@ -1,5 +1,6 @@
 """Students out of workdirs, finished or not: formats, cards, and what is refused."""
 
+import importlib.util
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import small_config
 
 import gompertz_jax as gj
-from gompertz_jax import cli, export
+from gompertz_jax import cli, export, export_onnx
 from gompertz_jax.models import tensor_files
 from gompertz_jax.models.layers import Draws, GroupedPointwise, channel_shuffle, max_pool_2x2, mean_pool_3x3
 from gompertz_jax.training.checkpoint import Checkpoints
@@ -21,6 +22,8 @@ from gompertz_jax.training.teacher import network_card, network_from, save_netwo
 from gompertz_jax.training.workdir import CONFIG, frozen, sole_use
 from gompertz_jax.training.writer import write_json
 
+INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnx", "onnxruntime"))
+
 
 def scrambled(network, seed):
     """Other weights, and statistics that are not those of a fresh network."""
@@ -30,10 +33,14 @@ def scrambled(network, seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir as a run leaves it while it goes on: two checkpoints, the later one with a moving average."""
+    """A workdir as a run leaves it while it goes on: two checkpoints, the later one with a moving average.
+
+    Its config is older than some keys.
+    """
     workdir = tmp_path_factory.mktemp("run")
-    config = small_config()
+    config = small_config(**{"teacher.dir": str(workdir / "teachers" / "one")})
     content, dataset = frozen(config), load("digits", validation=100)
+    del content["data"]["image_size"], content["teacher"]["cache"]
     write_json(workdir / CONFIG, content)
     fresh = network_from(content["student"], dataset, seed=0)
     networks = {step: fresh.replace(**arrays) for step, arrays in ((15, _arrays(fresh, 1)), (27, _arrays(fresh, 2)))}
@@ -77,12 +84,29 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
     assert card["classes"] == list("0123456789")
     assert card["input"]["shape"] == ["batch", 8, 8, 1]
     assert card["normalisation"] == {"mean": list(dataset.mean), "std": list(dataset.std), "folded_in": fold}
-    assert card["provenance"]["checkpoint_step"] == 27 and card["accuracy"]["validation"] is None
+    assert card["provenance"]["checkpoint_step"] == 27 and card["provenance"]["workdir"] == workdir.name
+    assert str(workdir.parent) not in (out / "card.json").read_text() and card["accuracy"]["validation"] is None
     held = dataset.validation
     accuracy = np.mean(np.argmax(logits(network, images_of(held)), -1) == held.labels)
     measured = {"images": "validation", "count": 100, "accuracy": pytest.approx(accuracy)}
     assert card["accuracy"]["measured_at_export"] == measured
     assert card["compared"]["images"] == 64
+    config = card["provenance"]["run_config"]
+    assert config["teacher"]["dir"] == "one" and config["data"]["image_size"] == 0
+
+
+@pytest.mark.skipif(not INSTALLED, reason=f"jax2onnx is not installed: {export_onnx.INSTALL}")
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_onnx_graph_of_a_run_that_is_going(run, tmp_path, fold):
+    workdir, networks, dataset, _ = run
+    out = export.export_student(workdir, tmp_path / "out", format="onnx", fold_normalisation=fold)
+    images, network = images_of(dataset.train, 5), networks[27]
+    given = images if fold else (images - network.mean) / network.std
+    got = export_onnx.read_onnx(out / "student.onnx")(given)
+    np.testing.assert_allclose(got, logits(network, images), rtol=1e-4, atol=1e-4)
+    card = json.loads((out / "card.json").read_text())
+    assert card["input"]["shape"] == ["batch", 8, 8, 1] and card["normalisation"]["folded_in"] == fold
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
@@ -120,8 +144,12 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
         export.export_student(tmp_path, format="torch")
     with pytest.raises(RunError, match="cannot be folded into the weights of torch"):
         export.export_student(workdir, format="torch", fold_normalisation=True)
-    with pytest.raises(RunError, match="format 'onnx' is unknown"):
-        export.export_student(workdir, format="onnx")
+    with pytest.raises(RunError, match="format 'keras' is unknown"):
+        export.export_student(workdir, format="keras")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(RunError, match="'onnx' needs jax2onnx and onnx and onnxruntime: pip install onnx"):
+            export.export_student(workdir, format="onnx")
     # a writer that writes something else leaves nothing behind
     original = tensor_files.write_torch
     monkeypatch.setattr(tensor_files, "write_torch", lambda path, t: original(path, t | {"fc.bias": t["fc.bias"] + 1}))

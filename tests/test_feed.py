@@ -6,26 +6,35 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
-from gompertz_jax.training.augment import make_batch
+from gompertz_jax.training import augment
 from gompertz_jax.training.data import load
 from gompertz_jax.training.feed import Feed, Images, stays_on_host
-from gompertz_jax.training.sharding import data_mesh
+from gompertz_jax.training.sharding import data_mesh, replicate
 
 SEED, BATCH, STEPS = 5, 48, 4
+make_batch = jax.jit(augment.make_batch, static_argnames=("seed", "batch_size", "padding", "flip", "views"))
 
 
-def feed(placement):
+# What a teacher would say: twice the view, and the image.
+OUTPUTS = {"logits": np.stack(np.broadcast_arrays(2.0 * np.arange(3)[:, None], np.arange(1338.0)), -1).astype("f4")}
+
+
+def feed(placement, *, views=0):
     config = tiny_config(**{"data.placement": placement, "augment.padding": 2, "augment.flip": True})
     mesh = data_mesh()
     data = Images.of(load("digits", validation=100), config.data, mesh)
-    return data, Feed(data, seed=SEED, batch_size=BATCH, augment=config.augment, steps_per_dispatch=STEPS, mesh=mesh)
+    return data, Feed(
+        data, seed=SEED, batch_size=BATCH, augment=config.augment, steps_per_dispatch=STEPS, mesh=mesh, views=views,
+        outputs=replicate(OUTPUTS, mesh) if views else None,
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("views", [0, 3])
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_batches_are_those_of_seed_and_step_wherever_the_images_live(placement):
+def test_batches_are_those_of_seed_and_step_wherever_the_images_live(placement, views):
     """Over the end of the first epoch, and after a jump to another step, as after a resume."""
-    train = load("digits", validation=100).train
-    data, source = feed(placement)
+    train = jax.tree.map(jnp.asarray, load("digits", validation=100).train)
+    data, source = feed(placement, views=views)
     assert isinstance(data.images, jax.Array) == (placement == "device")
     with source:
         inside = jax.jit(source.make_batch)
@@ -33,9 +42,10 @@ def test_batches_are_those_of_seed_and_step_wherever_the_images_live(placement):
             arrays = source(first)
             for step in range(first, first + STEPS):
                 expected = make_batch(
-                    jnp.asarray(train.images), jnp.asarray(train.labels), step, seed=SEED, batch_size=BATCH, padding=2,
-                    flip=True,
+                    train.images, train.labels, step, seed=SEED, batch_size=BATCH, padding=2, flip=True, views=views,
+                     outputs=jax.tree.map(jnp.asarray, OUTPUTS) if views else None,
                 )  # fmt: skip
+                assert ("teacher_logits" in expected) == bool(views)
                 got = inside(arrays, jnp.int32(step))
                 jax.tree.map(np.testing.assert_array_equal, dict(got), expected)
 
@@ -46,7 +56,7 @@ def test_the_next_dispatch_is_gathered_while_this_one_runs():
         source(0)
         ahead = source._gathered[STEPS]
         arrays = ahead.result(timeout=30)
-        assert source(STEPS)[0] is arrays[0]
+        assert source(STEPS).images is arrays[0]
 
 
 @pytest.mark.parametrize(

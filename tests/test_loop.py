@@ -92,15 +92,17 @@ def test_equal_seeds_of_teacher_and_student_give_different_weights_and_batches(f
 def test_an_exchanged_teacher_is_refused_on_resume(finished, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir / "teacher", tmp_path / "teacher")
-    changes = {"teacher.dir": str(tmp_path / "teacher"), "recipe.epochs": 1}
+    changes = {"teacher.dir": str(tmp_path / "teacher"), "recipe.epochs": 1, "teacher.cache.views": 2}
     loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     network, card = load_network(tmp_path / "teacher"), json.loads((tmp_path / "teacher" / "network.json").read_text())
     shutil.rmtree(tmp_path / "teacher" / "network")
     other = network.replace(params=jax.tree.map(lambda leaf: leaf * np.float32(1.0001), network.params))
     save_network(tmp_path / "teacher", other, card)
+    stored = {path: path.read_bytes() for path in (tmp_path / "run" / "outputs").rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="the teacher is not the one"):
         loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
+    assert stored and all(path.read_bytes() == content for path, content in stored.items())
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys):

@@ -1,12 +1,14 @@
 """The pre-flight: said from shapes alone, and each thing that does not fit is refused with a way out."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_config
+from ml_collections import ConfigDict
 
 import gompertz_jax as gj
 from gompertz_jax.training import preflight
@@ -33,7 +35,7 @@ def network(model, data, **normalisation):
     return abstract.replace(**{"mean": data.mean, "std": data.std} | normalisation)
 
 
-def describe(data, *, student="resnet8", teacher="resnet8", devices=1, **changes):
+def describe(data, *, student="resnet8", teacher="resnet8", devices=1, views=0, room=math.inf, **changes):
     config = tiny_config(**{"student.model": student, "teacher.model": teacher, **changes})
     objective = build_objective(config, 100)
     return preflight.describe(
@@ -46,6 +48,8 @@ def describe(data, *, student="resnet8", teacher="resnet8", devices=1, **changes
         steps_per_dispatch=50,
         devices=devices,
         label="here",
+        views=views,
+        room=room,
     )
 
 
@@ -116,6 +120,44 @@ def test_gradients_at_a_stage_are_described_and_a_stage_that_is_not_there_is_ref
     assert "gradient: 64@8 -> 32@16; each position's contribution, the larger map averaged" in text
     with pytest.raises(RunError, match=r"terms\.gradient: student stage 6: the student has stages 0 to 3"):
         describe(dataset(), **{"objective.terms.gradient.stages": (6, 3)})
+
+
+CE_ALONE = {f"objective.terms.{term}.weight": "0" for term in ("kd", "wasserstein", "gradient")}
+
+
+@pytest.mark.parametrize(
+    ("loss", "parts"),
+    [
+        ("soft_targets", "logits"),
+        ("wasserstein_logits", "logits"),
+        ("relational_distance", "logits and pooled"),
+        ("contrastive_representation", "logits and pooled"),
+        ("hint", "maps"),
+        ("review", "maps"),
+        ("similarity_preserving", "maps"),
+        ("sobolev", "gradients"),
+    ],
+)
+def test_what_of_a_teacher_is_stored_is_what_the_terms_read(loss, parts):
+    """20 images, 10 classes, 64 channels; what cannot be stored is refused by the term's name."""
+    changes = {**CE_ALONE, "objective.terms.own": ConfigDict({"loss": loss, "weight": "1"})}
+    if parts.startswith("logits"):
+        assert f"the teacher's {parts} for 3000 views of each image" in (
+            text := describe(dataset(), views=3000, **changes)
+        )
+        assert f"{20 * 3000 * 4 * (74 if 'pooled' in parts else 10) / 2**20:.0f} MiB" in text
+    else:
+        with pytest.raises(RunError, match=rf"objective\.terms\.own reads the teacher's {parts}, and teacher\.cache"):
+            describe(dataset(), views=1, **changes)
+
+
+def test_a_term_on_the_first_images_and_more_than_fits_are_refused():
+    part = {"objective.terms.wasserstein.weight": "0", "objective.terms.gradient.images": 4}
+    with pytest.raises(RunError, match=r"objective\.terms\.gradient reads the teacher's gradients"):
+        describe(dataset(), views=1, **part)
+    kd = {"objective.terms.wasserstein.weight": "0", "objective.terms.gradient.weight": "0"}
+    with pytest.raises(RunError, match=r"teacher\.cache\.views = 3000: .* 2 MiB on each device, .* take fewer views"):
+        describe(dataset(), views=3000, room=2e6, **kd)
 
 
 def test_a_part_of_the_batch_suffices_for_input_gradients():

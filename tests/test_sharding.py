@@ -195,6 +195,7 @@ def test_a_first_process_that_never_appears_is_told_in_one_line(monkeypatch):
 # Larger rates magnify rounding.
 CHANGES = {
     "recipe.learning_rate": 0.05, "teacher.recipe.learning_rate": 0.05, "steps_per_dispatch": 13, "recipe.epochs": 2,
+    "teacher.cache.views": 2,
 }  # fmt: skip
 
 

@@ -308,6 +308,62 @@ def test_the_arithmetic_of_a_step_is_the_passes_that_its_terms_need():
         np.testing.assert_allclose(flops(gj.Objective(chosen)), passes, rtol=0.04)
 
 
+# --- stored outputs ---------------------------------------------------------------------------------------------------
+
+
+def stored(teacher, images, *names):
+    outputs, _ = teacher.forward(images["image"], train=False)
+    return images | {f"teacher_{name}": getattr(outputs, name) for name in names}
+
+
+def test_a_batch_with_the_teachers_outputs_trains_as_with_the_teacher():
+    """To the bit, with pooled vectors and progress among what is read, and no teacher at hand."""
+    kd = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0).terms
+
+    def to_pooled(record):
+        return (record.student.logits.mean(-1) - record.taught().pooled.mean(-1)) ** 2
+
+    pooled = gj.Term("pooled", gj.by_progress(gj.gompertz_schedule(1)), to_pooled)
+    objective = gj.Objective((*kd, pooled), progress=gj.Progress())
+    live, teacher, step = setup(objective, steps_per_dispatch=3)
+    live, expected = step(live, teacher, batch())
+    state, _, _ = setup(objective)
+    state, got = step(state, None, stored(teacher, batch(), "logits", "pooled"))
+    jax.tree.map(np.testing.assert_array_equal, (state, got), (live, expected))
+    assert float(expected["pooled/raw"][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (terms.wasserstein, "maps"),
+        (terms.correlation_congruence, "pooled vectors"),
+        (terms.gradient_match, "gradients"),
+        (partial(terms.gradient_match, images=2, pool=1), "gradients"),
+    ],
+)
+def test_a_term_that_reads_what_a_batch_does_not_carry_is_refused(loss, what):
+    projections = {"last": gj.Projection()} if what == "maps" else {}
+    objective = gj.Objective((gj.Term("it", gj.constant_schedule(1.0), loss),), projections)
+    state, teacher, step = setup(objective)
+    with pytest.raises(ValueError, match=f"the teacher's {what} are read, and are not among its stored outputs"):
+        step(state, teacher, stored(teacher, batch(), "logits"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_logits": jnp.zeros((5, 3))}, r"teacher_logits must be floats, one row per image, \[6, _\], got"),
+        ({"teacher_logits": jnp.zeros((6, 3), int)}, "got int32"),
+        ({"teacher_pooled": jnp.zeros((6, 3))}, "a batch with 'teacher_pooled' must have 'teacher_logits' too"),
+    ],
+)
+def test_stored_outputs_that_are_none_are_refused(changes, message):
+    state, _, step = setup(gj.student_alone())
+    with pytest.raises(ValueError, match=message):
+        step(state, None, batch() | changes)
+
+
 # --- what is not finite ----------------------------------------------------------------------------------------------
 
 TERMS = ("ce", "kd", "wasserstein", "gradient")

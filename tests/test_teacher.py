@@ -107,12 +107,12 @@ def test_what_is_no_network_is_refused(tmp_path):
 
 
 def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
-    with pytest.raises(ValueError, match="holds no network"):
+    with pytest.raises(ValueError, match="holds no trained network"):
         gj.models.load(tmp_path)
     room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), room.network_card(SPEC, dataset()))
     data = max((tmp_path / room.ARRAYS).rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"network is damaged: .* was altered or cut off"):
+    with pytest.raises(ValueError, match=r"network is damaged or no checkpoint: .* was altered or cut off"):
         gj.models.load(tmp_path)
 
 

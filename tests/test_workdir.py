@@ -24,6 +24,21 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
         room.check_workdir(tmp_path / "run", room.frozen(tiny_config(**{"student.model": "resnet14"})))
 
 
+def test_a_config_older_than_a_key_has_it_at_its_default(tmp_path):
+    """Of a whole run and of a teacher's part of one; what the user named is not filled up."""
+    for name, groups in (("run", None), ("teacher", ("teacher", "data"))):
+        content = {key: group for key, group in room.frozen(tiny_config()).items() if not groups or key in groups}
+        old = {**content, "data": {key: value for key, value in content["data"].items() if key != "image_size"}}
+        room.check_workdir(tmp_path / name, old)
+        room.claim_workdir(tmp_path / name, old)
+        room.check_workdir(tmp_path / name, content)
+        with pytest.raises(RunError, match=re.escape("Changed: data.image_size: 0 -> 8")):
+            room.check_workdir(tmp_path / name, {**content, "data": {**content["data"], "image_size": 8}})
+    assert room.evaluation_changes(tmp_path / "run", room.frozen(tiny_config())) == []
+    alone = {"objective": {"terms": {"ce": {"loss": "cross_entropy"}}}}
+    assert room.with_defaults(alone)["objective"]["terms"] == alone["objective"]["terms"]
+
+
 def test_checkpoints_without_a_config_and_unreadable_configs_are_refused(tmp_path):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     with pytest.raises(RunError, match="holds checkpoints but no config"):

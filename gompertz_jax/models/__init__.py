@@ -210,33 +210,57 @@ def from_card(card: Mapping[str, Any]) -> Network:
     return shapes.replace(mean=np.asarray(card["mean"], np.float32), std=np.asarray(card["std"], np.float32))
 
 
-def load(directory: str | os.PathLike[str]) -> Network:
+def read_card(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the network in a directory is; see `load`.
+
+    Raises:
+      ValueError: no network is there, or its card cannot be read.
+    """
+    path = Path(directory).expanduser() / CARD
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} holds no trained network (no {CARD}): give the workdir of a finished run, its 'teacher' "
+            "folder, or what import-torch wrote"
+        )
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it from a copy") from error
+
+
+def load(
+    directory: str | os.PathLike[str], *, abstract: bool = False, sharding: jax.sharding.Sharding | None = None
+) -> Network:
     """A network that was trained or imported: what `config.teacher.dir` takes, in your own code.
 
     Args:
       directory: a finished run's workdir, its `teacher` folder, or what `gompertz-jax import-torch` wrote.
+      abstract: give shapes instead of arrays, and read the card only.
+      sharding: where the parameters and statistics go; None for the default device.
 
     Returns:
-      A Network with its own normalisation, on the default device.
+      A Network with its own normalisation.
 
     Raises:
       ValueError: no network is there, it is damaged, or it does not fit its card.
     """
-    from orbax.checkpoint import v1  # takes longer to import than all of this package
-
     directory = Path(directory).expanduser().absolute()
-    if not (directory / CARD).is_file():
-        raise ValueError(f"{directory} holds no network (no {CARD})")
+    card = read_card(directory)
     try:
-        card = json.loads((directory / CARD).read_text())
         shapes = from_card(card)
     except ValueError as error:
         raise ValueError(f"{directory / CARD} describes no known network: {error}") from error
+    if abstract:
+        return shapes
     if reason := fault(directory / ARRAYS):
-        raise ValueError(f"{directory / ARRAYS} is damaged: {reason}; restore it from a copy, with its {SUMS}")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        raise ValueError(
+            f"{directory / ARRAYS} is damaged or no checkpoint: {reason}; restore it from a copy, with its {SUMS}"
+        )
+    from orbax.checkpoint import v1  # takes longer to import than all of this package
+
+    there = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),
         {"params": shapes.params, "stats": shapes.stats},
     )
     read: Any = v1.load

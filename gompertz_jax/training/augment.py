@@ -1,8 +1,11 @@
 """Batches as functions of a seed and a step: which images, and how each is cropped and mirrored, inside the program."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Int32, Integer, PRNGKeyArray, Shaped, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer, PRNGKeyArray, Shaped, UInt8, UInt32
 
 # Over 100,000 keys and nine sizes from 2 to 33, where a pair of positions goes is uniform by chi-square after sixteen
 # rounds and not after twelve (size 5: p = 1e-21). Sixteen still cost microseconds a batch.
@@ -173,10 +176,15 @@ def make_batch(
     batch_size: int,
     padding: int,
     flip: bool,
+    views: int = 0,
+    gathered_from: int | None = None,
+    outputs: Mapping[str, Float[Array, "views set_size _"]] | None = None,
 ) -> dict[str, Array]:
     """The augmented batch of a step: a pure function of the data, the seed and the step.
 
-    Equal to `random_flip(random_crop(images[indices], crop_key, padding), flip_key) / 255`, read in one pass.
+    Without `views` it is `random_flip(random_crop(images[indices], crop_key, padding), flip_key) / 255` with keys of
+    the step, read in one pass. With V views image i is in epoch e what `augmented_view` makes of it as view `e mod V`:
+    then there are V distinct images of each, wherever in an epoch it comes.
 
     Args:
       images: the training set, values 0 to 255.
@@ -186,12 +194,17 @@ def make_batch(
       batch_size: images a batch; one epoch is `size // batch_size` steps.
       padding: of `random_crop`; 0 leaves the images where they are.
       flip: whether images are mirrored at random.
+      views: how many views there are of an image; 0 for another one in every epoch.
+      gathered_from: where `images` and `labels` are those of this batch alone, in order, the size of the training set.
+      outputs: what a teacher said of every view of every image; needs `views`.
 
     Returns:
-      `image`, float32 `[batch_size, height, width, channels]` in [0, 1], and `label`, int32 `[batch_size]`.
+      `image`, float32 `[batch_size, height, width, channels]` in [0, 1], and `label`, int32 `[batch_size]`; for every
+      entry of `outputs` its rows of these views of these images, as `teacher_NAME`.
 
     Raises:
-      ValueError: `batch_size` is less than 1 or more than there are images, or `padding` is negative.
+      ValueError: `batch_size` is less than 1 or more than there are images, `padding` or `views` is negative, or
+        `outputs` are not of so many views and images.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -201,49 +214,83 @@ def make_batch(
       >>> batch["image"].shape, float(batch["image"].min()), batch["label"].dtype
       ((4, 8, 8, 1), 1.0, dtype('int32'))
     """
-    index = batch_indices(step, seed=seed, batch_size=batch_size, size=images.shape[0])
-    return augmented(images, labels, index, step, seed=seed, padding=padding, flip=flip)
+    outputs = outputs or {}
+    size = images.shape[0] if gathered_from is None else gathered_from
+    if views < 0 or any(values.shape[:2] != (views, size) for values in outputs.values()):
+        shapes = {name: values.shape for name, values in outputs.items()}
+        raise ValueError(f"views = {views}: must not be negative, and outputs [{views}, {size}, ...], got {shapes}")
+    index = batch_indices(step, seed=seed, batch_size=batch_size, size=size)
+    if views:
+        view = jnp.asarray(step, jnp.int32) // (size // batch_size) % views
+        offset, mirrored = _draws_of_view(view, index, seed=seed, padding=padding, flip=flip)
+        taught = {f"teacher_{name}": values[view, index] for name, values in outputs.items()}
+    else:
+        offset, mirrored = _draws_of_step(step, batch_size, seed=seed, padding=padding, flip=flip)
+        taught = {}
+    place = index if gathered_from is None else jnp.arange(batch_size)
+    image = _as_floats(_windows(images, place, offset, mirrored))
+    return {"image": image, "label": labels[place].astype(jnp.int32), **taught}
 
 
-def augmented(
-    images: UInt8[Array, "size height width channels"],
-    labels: Int[Array, "size"],
+def augmented_view(
+    images: UInt8[Array, "batch height width channels"],
     index: Integer[Array, "batch"],
-    step: int | Integer[Array, ""],
+    view: int | Integer[Array, ""],
     *,
     seed: int | Integer[Array, ""],
     padding: int,
     flip: bool,
-) -> dict[str, Array]:
-    """The batch of a step from images that are already known: `make_batch` with `index` for `batch_indices`.
+) -> Float32[Array, "batch height width channels"]:
+    """One of the views of some images of the training set: drawn from the seed, the view and an image's index alone.
 
     Args:
-      images: what `index` points into: the training set, or a batch that was gathered from it before.
-      labels: their classes.
-      index: the images of the batch, in order.
-      step: chooses, with `seed`, how each place of the batch is cropped and mirrored.
+      images: the images themselves.
+      index: of each in the training set.
+      view: which view, from 0; may be traced.
       seed: see `make_batch`.
       padding: likewise.
       flip: likewise.
 
     Returns:
-      What `make_batch` returns.
+      The images in [0, 1], cropped and mirrored.
 
     Raises:
       ValueError: `padding` is negative.
     """
-    batch = index.shape[0]
+    draws = _draws_of_view(view, index, seed=seed, padding=padding, flip=flip)
+    return _as_floats(_windows(images, jnp.arange(index.shape[0]), *draws))
+
+
+# How far each image of a batch is moved, and whether it is mirrored.
+Draws = tuple[Int32[Array, "batch 2"], Bool[Array, "batch"]]
+
+
+def _draws_of_step(step: int | Integer[Array, ""], batch: int, *, seed: Any, padding: int, flip: bool) -> Draws:
     _, augmentation = _keys(seed)
     crop_key, flip_key = jax.random.split(jax.random.fold_in(augmentation, step))
-    offset = _crop_offset(crop_key, batch, padding)
     mirrored = _mirrored(flip_key, batch) if flip else jnp.zeros(batch, bool)
-    image: Float32[Array, "batch height width channels"]
-    image = _windows(images, index, offset, mirrored).astype(jnp.float32) / 255
-    return {"image": image, "label": labels[index].astype(jnp.int32)}
+    return _crop_offset(crop_key, batch, padding), mirrored
+
+
+def _draws_of_view(
+    view: int | Integer[Array, ""], index: Integer[Array, "batch"], *, seed: Any, padding: int, flip: bool
+) -> Draws:
+    _, augmentation = _keys(seed)
+    of_view = jax.random.fold_in(augmentation, view)
+
+    def draws(index: Integer[Array, ""]) -> tuple[Int32[Array, "2"], Bool[Array, ""]]:
+        crop_key, flip_key = jax.random.split(jax.random.fold_in(of_view, index))
+        return _crop_offset(crop_key, 1, padding)[0], _mirrored(flip_key, 1)[0] if flip else jnp.zeros((), bool)
+
+    return jax.vmap(draws)(index)
+
+
+def _as_floats(images: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return images.astype(jnp.float32) / 255
 
 
 def _keys(seed: int | Integer[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """Keys of the order and of the augmentation: epochs and steps are folded into different ones."""
+    """Keys of the order and of the augmentation: epochs are folded into one, steps or views into the other."""
     order, augmentation = jax.random.split(jax.random.key(seed))
     return order, augmentation
 

@@ -73,6 +73,10 @@ def get_default() -> Config:
                 "dir": "",  # a workdir whose trained network teaches; "": train one into WORKDIR/teacher
                 "seed": 0,
                 "min_accuracy": 0.0,  # on validation images, before the first step; below it the run is refused
+                # How many augmented views of an image the student sees, one an epoch in turn. What the teacher says of
+                # them is computed once and kept in WORKDIR/outputs, so that no step runs it: for terms that read its
+                # logits and pooled vectors only. 0: another view in every epoch, and the teacher in every step
+                "cache": {"views": 0},
                 "recipe": get_recipe(),
             },
             "recipe": get_recipe() | {"projection_rate": 1.0},  # projections: factor on the learning rate
@@ -248,6 +252,8 @@ def check(config: Config) -> None:
         raise RunError(f"logging.term_gradients = {config.logging.term_gradients}: must not be negative; 0 means none")
     if config.checkpoint.keep < 1:
         raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
+    if config.teacher.cache.views < 0:
+        raise RunError(f"teacher.cache.views = {config.teacher.cache.views}: must not be negative; 0 stores nothing")
     if not 0 <= config.teacher.min_accuracy <= 1:
         raise RunError(f"teacher.min_accuracy = {config.teacher.min_accuracy}: is a fraction, in [0, 1]")
     if config.data.placement not in ("auto", "device", "host"):

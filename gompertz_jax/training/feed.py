@@ -5,23 +5,37 @@ device's memory stays on the host: the images of each dispatch are gathered ther
 before it runs, and cropped and mirrored inside the step by the same numbers. Batches are equal to the bit.
 """
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..data_parallel import AXIS
-from .augment import augmented, batch_indices, make_batch
+from .augment import batch_indices, make_batch
 from .config import Config
 from .data import Dataset
 from .sharding import replicate
 
 Held = tuple[jax.Array, jax.Array]
+
+
+class Supply(NamedTuple):
+    """What a dispatch reads.
+
+    Attributes:
+      images: the training set, or where that is on the host the images of each of the dispatch's steps.
+      labels: likewise.
+      outputs: what a teacher said of every view of every image, by name; empty where it is asked in the step.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    outputs: Mapping[str, jax.Array]
 
 
 class Images(NamedTuple):
@@ -59,8 +73,13 @@ def stays_on_host(size: int, options: Config, memory: Mapping[str, int] | None) 
     """
     if options.placement != "auto":
         return options.placement == "host"
+    return size > device_room(options, memory)
+
+
+def device_room(options: Config, memory: Mapping[str, int] | None) -> float:
+    """How many bytes one kind of data may take on a device; see `stays_on_host`."""
     limit = (memory or {}).get("bytes_limit")
-    return limit is not None and size > options.device_fraction * limit
+    return math.inf if limit is None else options.device_fraction * limit
 
 
 class Feed:
@@ -70,34 +89,50 @@ class Feed:
     """
 
     def __init__(
-        self, data: Images, *, seed: int, batch_size: int, augment: Config, steps_per_dispatch: int, mesh: Mesh
+        self,
+        data: Images,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: Config,
+        steps_per_dispatch: int,
+        mesh: Mesh,
+        views: int = 0,
+        outputs: Mapping[str, jax.Array] | None = None,
     ):
-        self._data, self._batch_size, self._mesh = data, batch_size, mesh
+        self._data, self._mesh, self._outputs = data, mesh, outputs or {}
         self._steps = steps_per_dispatch
-        self._augment = {"seed": seed, "padding": augment.padding, "flip": augment.flip}
         self._gathered: dict[int, Future[Held]] = {}
         self._thread = ThreadPoolExecutor(1, "gather")
         of_step = partial(batch_indices, seed=seed, batch_size=batch_size, size=len(data.labels))
         self._order = jax.jit(jax.vmap(of_step))
         self._on_device = isinstance(data.images, jax.Array)
+        self._make_batch = partial(
+            make_batch,
+            seed=seed,
+            batch_size=batch_size,
+            padding=augment.padding,
+            flip=augment.flip,
+            views=views,
+            gathered_from=None if self._on_device else len(data.labels),
+        )
 
-    def make_batch(self, arrays: Held, step: jax.Array) -> Mapping[str, jax.Array]:
+    def make_batch(self, supply: Supply, step: jax.Array) -> Mapping[str, jax.Array]:
         """The batch of a step, inside the compiled program: `make_train_step`'s argument."""
-        if self._on_device:
-            return make_batch(*arrays, step, batch_size=self._batch_size, **self._augment)
-        # Dispatches begin at multiples of their length.
-        images, labels = (array[step % self._steps] for array in arrays)
-        return augmented(images, labels, jnp.arange(self._batch_size), step, **self._augment)
+        images, labels = supply.images, supply.labels
+        if not self._on_device:
+            images, labels = (array[step % self._steps] for array in (images, labels))  # dispatches begin at multiples
+        return self._make_batch(images, labels, step, outputs=supply.outputs)
 
-    def __call__(self, step: int) -> Held:
+    def __call__(self, step: int) -> Supply:
         """What the dispatch that begins at `step` reads; on the host the next one is then gathered ahead."""
         if self._on_device:
-            return self._data.images, self._data.labels  # pyright: ignore[reportReturnType]
+            return Supply(self._data.images, self._data.labels, self._outputs)  # pyright: ignore[reportArgumentType]
         wanted = step, step + self._steps
         self._gathered = {
             first: self._gathered.get(first) or self._thread.submit(self._gather, first) for first in wanted
         }
-        return self._gathered[step].result()
+        return Supply(*self._gathered[step].result(), self._outputs)
 
     def _gather(self, step: int) -> Held:
         # On the CPU, where there is one: an accelerator would answer only after the dispatches before it.

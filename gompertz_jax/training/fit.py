@@ -9,6 +9,7 @@ The order of things, which resuming relies on:
 4. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,12 +32,15 @@ from ..step import (
     make_eval_step,
     make_gradient_report,
     make_train_step,
+    output_shapes,
 )
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import RunError
-from .feed import Feed, Held, Images
+from .feed import Feed, Held, Images, Supply
 from .optim import learning_rate, make_optimizer
+from .outputs import OUTPUTS, stored_outputs
+from .preflight import stored_parts
 from .sharding import on_main, replicate, say
 from .stop import Stop
 from .teacher import fingerprint
@@ -109,6 +113,7 @@ class Program(NamedTuple):
       make_step: `(feed, rate) -> step`, the compiled training step.
       make_survey: `(feed) -> survey`, what is queued behind a dispatch that is to be evaluated, see `make_survey`.
       students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
+      stored_parts: what of a teacher's outputs is read, where only stored ones can be.
     """
 
     state: Any
@@ -117,6 +122,7 @@ class Program(NamedTuple):
     make_step: Callable[[Feed], Any]
     make_survey: Callable[[Feed], Any]
     students: "Callable[[Any], Iterable[Told]]"
+    stored_parts: Callable[[Network], tuple[str, ...]]
 
 
 class Told(NamedTuple):
@@ -157,6 +163,7 @@ def fit(
     order_seed: int | None = None,
     mesh: Mesh,
     stop: Stop | None = None,
+    views: int = 0,
 ) -> Fitted:
     """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
 
@@ -174,6 +181,8 @@ def fit(
       order_seed: of data order and augmentation, and of what terms draw; default: `seed`.
       mesh: the devices to train on.
       stop: asked after every dispatch.
+      views: how many views an image has, of which the teacher's outputs are then stored in `outputs/`; 0: any number,
+        and the teacher runs in every step.
 
     Returns:
       The trained network.
@@ -220,13 +229,19 @@ def fit(
         batches = min(config.logging.term_gradients, plan.steps_per_dispatch)
         return jax.jit(make_survey(network, objective, feed, report_batches=batches, seed=order_seed, mesh=mesh))
 
+    def parts(teacher: Network) -> tuple[str, ...]:
+        image = data.images.shape[1:]
+        ours, theirs = (output_shapes(net, image, batch_size=recipe.batch_size) for net in (network, teacher))
+        return stored_parts(objective, ours, theirs, image)
+
+    def alone(metrics: Any) -> list[Told]:
+        return [Told({}, objective, metrics)]
+
     driven = drive(
         config,
         recipe,
         plan,
-        Program(
-            state, Best.none(state), measured, make_step, survey_of, lambda metrics: [Told({}, objective, metrics)]
-        ),
+        Program(state, Best.none(state), measured, make_step, survey_of, alone, parts),
         label=label,
         workdir=workdir,
         teacher=teacher,
@@ -234,6 +249,7 @@ def fit(
         order_seed=order_seed,
         mesh=mesh,
         stop=stop,
+        views=views,
     )
     (state, best), held = driven[:2], data.validation
     return Fitted(
@@ -260,6 +276,7 @@ def drive(
     order_seed: int,
     mesh: Mesh,
     stop: Stop | None = None,
+    views: int = 0,
 ) -> Driven:
     """Take a program's steps, from the newest checkpoint on: evaluate, save, write and stop in between.
 
@@ -274,14 +291,7 @@ def drive(
 
     with (
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=lines_are_there) as checkpoints,
-        Feed(
-            data,
-            seed=order_seed,
-            batch_size=recipe.batch_size,
-            augment=config.augment,
-            steps_per_dispatch=plan.steps_per_dispatch,
-            mesh=mesh,
-        ) as feed,
+        contextlib.ExitStack() as stack,
     ):
         clock, not_converged, failed = Clock(), {}, set()
         state, best = program.state, program.best
@@ -301,9 +311,35 @@ def drive(
                 say(f"{workdir / METRICS} lost lines that no checkpoint is old enough to write again: they stay lost")
         earlier, step = clock.total_seconds, int(state.step)
 
+        outputs = {}
+        if views and teacher is not None and step < plan.steps:
+            outputs = stored_outputs(
+                workdir / OUTPUTS,
+                teacher,
+                data,
+                parts=program.stored_parts(teacher),
+                views=views,
+                seed=order_seed,
+                augment=config.augment,
+                mesh=mesh,
+            )
+        feed = stack.enter_context(
+            Feed(
+                data,
+                seed=order_seed,
+                batch_size=recipe.batch_size,
+                augment=config.augment,
+                steps_per_dispatch=plan.steps_per_dispatch,
+                mesh=mesh,
+                views=views,
+                outputs=outputs,
+            )
+        )
         train_step, survey = program.make_step(feed), program.make_survey(feed)
         held = data.validation
         classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
+        if outputs:
+            teacher = None  # its outputs are in the batches
         if step < plan.steps:
             # A program that is compiled ahead refuses what does not fit it: nothing is compiled a second time.
             train_step = train_step.lower(state, teacher, feed(step)).compile()
@@ -433,7 +469,7 @@ class Findings(NamedTuple):
 
 def make_survey(
     network: Network, objective: Objective, feed: Feed, *, report_batches: int, seed: int, mesh: Mesh
-) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Held], Findings]:
+) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Supply], Findings]:
     """What is queued behind a dispatch when its end is to be evaluated and saved, of one student.
 
     Args:
@@ -445,8 +481,8 @@ def make_survey(
       mesh: its devices.
 
     Returns:
-      `survey(state, best, teacher, held_out, classes, arrays) -> Findings`: `classes` are the teacher's of the held-out
-      images, `arrays` what the next dispatch reads. Accuracies are exact counts.
+      `survey(state, best, teacher, held_out, classes, supply) -> Findings`: `classes` are the teacher's of the held-out
+      images, `supply` what the next dispatch reads. Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)
     report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
@@ -457,7 +493,7 @@ def make_survey(
         teacher: Network | None,
         held: Held | None,
         classes: jax.Array | None,
-        arrays: Held,
+        supply: Supply,
     ) -> Findings:
         line = {}
         if held is not None:
@@ -470,7 +506,7 @@ def make_survey(
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Best.of(state, correct), best)
         if report_batches:
             reports = jax.lax.map(
-                lambda ahead: report(state, teacher, feed.make_batch(arrays, state.step + ahead)),
+                lambda ahead: report(state, teacher, feed.make_batch(supply, state.step + ahead)),
                 jnp.arange(report_batches),
             )
             line |= {name: values.mean() for name, values in reports.items()}

@@ -23,7 +23,7 @@ from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, of_config
 from .errors import RunError
-from .feed import Images
+from .feed import Images, device_room
 from .fit import Fitted, Plan, fit
 from .intact import set_aside
 from .objectives import build_objective
@@ -104,6 +104,8 @@ def _run(
             steps_per_dispatch=plan.steps_per_dispatch,
             devices=mesh.size,
             label=f"{workdir}, seed {config.seed}",
+            views=config.teacher.cache.views,
+            room=device_room(config.data, mesh.local_devices[0].memory_stats()),
         )
     )
     student = network_from(content["student"], dataset, seed=student_seed(config.seed))
@@ -131,6 +133,7 @@ def _run(
         order_seed=student_seed(order_seed(config)),
         mesh=mesh,
         stop=stop,
+        views=config.teacher.cache.views,
     )
     result = {
         "dataset": dataset.name,
@@ -316,7 +319,7 @@ def trained_teacher(
     """
     spec = content["teacher"]
     content = {
-        "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy")},
+        "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy", "cache")},
         **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
     }
     card = on_main(lambda: finished(workdir, TEACHER_RESULT, content))

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from ..network import Network, Outputs, PyTree
 from ..objective import Objective, Term, evaluate
 from ..projections import init_projections, project, stage_pairs
-from ..record import Leading, Record
+from ..record import Leading, NotStored, Record, StoredOutputs, no_pullback
 from ..schedules import ByProgress
 from ..step import output_shapes
 from .data import Dataset
@@ -98,48 +98,90 @@ def _check_stages(pair: tuple[int, int], student: Outputs, teacher: Outputs, whe
 
 def check_terms(objective: Objective, student: Outputs, teacher: Outputs | None, image_shape: tuple[int, ...]) -> None:
     """Refuse a term that cannot be computed from these shapes, before any of it is compiled."""
+    for term in objective.terms:
+        try:
+            _trace(term, objective, student, teacher, image_shape)
+        except Exception as error:  # whatever an option leads to
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"objective.terms.{term.name} cannot be computed: {reason}") from error
 
-    def record(student: Outputs, teacher: Outputs | None) -> Record:
-        views = ({}, {}, {})
-        if teacher is not None:
-            projections = objective.projections
-            fresh = init_projections(projections, student, teacher, jax.random.key(0))
-            views = project(projections, *fresh, student, teacher)
 
-        def pull_back_of(outputs: Outputs | None) -> Any:
-            def pull_back(cotangent: jax.Array, stage: int | None = None) -> jax.Array:
-                shape = image_shape if stage is None or outputs is None else outputs.features[stage].shape[1:]
-                return jnp.zeros((len(cotangent), *shape))
+def stored_parts(
+    objective: Objective, student: Outputs, teacher: Outputs, image_shape: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Which of a teacher's outputs must be stored so that it need not run: "logits", and "pooled" if a term reads them.
 
-            return pull_back
+    Raises:
+      RunError: a term reads more of it; the message names the term.
+    """
+    for parts in (("logits",), ("logits", "pooled")):
+        refused: dict[str, NotStored] = {}
+        for term in objective.terms:
+            try:
+                _trace(term, objective, student, teacher, image_shape, stored=parts)
+            except NotStored as error:
+                refused[term.name] = error
+        if not refused:
+            return parts
+    name, error = next(iter(refused.items()))
+    raise RunError(
+        f"objective.terms.{name} reads the teacher's {error.what}, and teacher.cache stores only its logits and pooled "
+        "vectors: take teacher.cache.views = 0, or leave out the term"
+    ) from error
 
-        def leading_of(outputs: Any) -> Any:
+
+def _trace(
+    term: Term,
+    objective: Objective,
+    student: Outputs,
+    teacher: Outputs | None,
+    image_shape: tuple[int, ...],
+    *,
+    stored: tuple[str, ...] = (),
+) -> None:
+    """Evaluate one term on shapes, where `stored` names any with only these of the teacher's outputs."""
+    named = inspect.signature(term.loss).parameters.get("projection")
+    read = {name: p for name, p in objective.projections.items() if named is not None and name == named.default}
+    alone = Objective((term,), read)
+
+    def pull_back_of(outputs: Outputs | None) -> Any:
+        def pull_back(cotangent: jax.Array, stage: int | None = None) -> jax.Array:
+            shape = image_shape if stage is None or outputs is None else outputs.features[stage].shape[1:]
+            return jnp.zeros((len(cotangent), *shape))
+
+        return pull_back
+
+    def evaluated(student: Outputs, teacher: Outputs | None) -> jax.Array:
+        def leading_of(outputs: Any) -> Callable[[int], Leading]:
             def leading(count: int) -> Leading:
+                if stored and outputs is teacher:
+                    raise NotStored("gradients")
                 first = jax.tree.map(lambda a: a[:count], outputs)
                 return Leading(first, pull_back_of(first))
 
             return leading
 
-        return Record(
+        taught, views, pull_teacher = teacher, ({}, {}, {}), pull_back_of(teacher)
+        if teacher is not None:
+            if stored:
+                taught, pull_teacher = StoredOutputs.of(*(getattr(teacher, name) for name in stored)), no_pullback
+            fresh = init_projections(alone.projections, student, teacher, jax.random.key(0))
+            views = project(alone.projections, *fresh, student, taught or teacher)
+        record = Record(
             jnp.zeros(len(student.logits), jnp.int32),
             student,
-            teacher,
+            taught,
             student_views=views[0],
             teacher_views=views[1],
             student_pullback=pull_back_of(student),
-            teacher_pullback=pull_back_of(teacher),
+            teacher_pullback=pull_teacher,
             leading=leading_of(student),
             teacher_leading=leading_of(teacher),
             key=jax.random.key(0),
         )
+        return evaluate(alone, record, 0, 0.0).raw
 
-    for term in objective.terms:
-        alone = Objective((term,), objective.projections)
-        try:
-            jax.eval_shape(lambda s, t, alone=alone: evaluate(alone, record(s, t), 0, 0.0).raw, student, teacher)
-        except Exception as error:  # whatever an option leads to
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"objective.terms.{term.name} cannot be computed: {reason}") from error
+    jax.eval_shape(evaluated, student, teacher)
 
 
 def stages(shapes: Outputs) -> str:
@@ -166,6 +208,8 @@ def describe(
     steps_per_dispatch: int,
     devices: int,
     label: str,
+    views: int = 0,
+    room: float = math.inf,
 ) -> str:
     """The pre-flight's text. Networks may be arrays or shapes; nothing is computed or compiled.
 
@@ -179,12 +223,14 @@ def describe(
       steps_per_dispatch: how many of them a dispatch takes.
       devices: among which batches are divided, over all processes.
       label: of the run.
+      views: of which the teacher's outputs are stored; 0 for none.
+      room: bytes that these may take on a device.
 
     Returns:
       A few lines.
 
     Raises:
-      RunError: as `check_network`, `check_projections` and `check_terms`.
+      RunError: as `check_network`, `check_projections`, `check_terms` and `stored_parts`; or there is not the room.
     """
     validation = 0 if dataset.validation is None else len(dataset.validation.labels)
     image_shape = dataset.train.images.shape[1:]
@@ -210,6 +256,24 @@ def describe(
         projections = _projection_shapes(objective, ours, theirs)
         rows += [("matched", text) for text in matches(objective, ours, theirs)]
     check_terms(objective, ours, theirs, image_shape)
+    stored = 0
+    if views and theirs is not None:
+        parts = stored_parts(objective, ours, theirs, image_shape)
+        stored = stored_bytes(theirs, parts, views=views, count=len(dataset.train.labels))
+        if stored > room:
+            raise RunError(
+                f"teacher.cache.views = {views}: the teacher's outputs ({', '.join(parts)}) would take "
+                f"{_mebibytes(stored)} on each device, more than data.device_fraction of its memory: take fewer views"
+            )
+        rows.append(
+            (
+                "stored",
+                f"the teacher's {' and '.join(parts)} for {views} views of each image, {_mebibytes(stored)}: once what "
+                f"it computes in {views} epochs",
+            )
+        )
+    elif views:
+        rows.append(("views", f"{views} of each image"))
     for term in objective.terms:
         weights = sampled(term.weight, steps)
         shown = ", ".join(f"{value:.3g}" for value in corners(weights))
@@ -219,9 +283,9 @@ def describe(
     share = f" ({batch_size // devices} a device)" if devices > 1 else ""
     taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
     rows.append(("steps", taken))
-    memory = _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size // devices)
+    memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size // devices)
     what = "weights, optimiser, data, one step's activations"
-    rows.append(("memory", f"about {memory / 2**20:,.0f} MiB{' a device' if devices > 1 else ''} ({what})"))
+    rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
     return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
 
 
@@ -296,6 +360,15 @@ def _memory(student: Network, teacher: Network | None, projections: PyTree, data
         shapes = output_shapes(teacher, dataset.train.images.shape[1:], batch_size=batch_size)
         total += _bytes((teacher.params, teacher.stats)) + _bytes(shapes)
     return total
+
+
+def stored_bytes(teacher: Outputs, parts: Sequence[str], *, views: int, count: int) -> int:
+    """What these of a teacher's outputs take in float32, for `count` images in all their views, from their shapes."""
+    return 4 * views * count * sum(math.prod(getattr(teacher, name).shape[1:]) for name in parts)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else "under 1 MiB"
 
 
 def _bytes(tree: PyTree) -> int:

@@ -8,18 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from .. import models
+from ..data_parallel import COPIED
 from ..intact import fault
 from ..models import ARRAYS, CARD
 from ..network import Network
 from ..step import make_eval_step
-from .checkpoint import load_arrays, save_arrays
+from .checkpoint import save_arrays
 from .data import Dataset, Split
 from .errors import RunError
-from .sharding import on_main, replicate
-from .writer import read_json, write_json
+from .sharding import data_mesh, on_main, replicate
+from .writer import write_json
 
 GATE_IMAGES = 5000
 GUESSING = 2.0  # times 1 / classes: what untrained networks reach by chance, on a hundred images too
@@ -79,12 +80,10 @@ def read_card(directory: Path) -> dict[str, Any]:
     Raises:
       RunError: the directory holds no finished network.
     """
-    if not (directory / CARD).is_file():
-        raise RunError(
-            f"{directory} holds no trained network (no {CARD}): give the workdir of a finished run, "
-            "or its 'teacher' folder"
-        )
-    return read_json(directory / CARD)
+    try:
+        return models.read_card(directory)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def network_fault(directory: Path) -> str | None:
@@ -109,15 +108,11 @@ def load_network(directory: Path, *, abstract: bool = False) -> Network:
     Raises:
       RunError: no network is there, or it does not fit its card, or it cannot be read.
     """
-    card = on_main(lambda: read_card(directory))
+    on_main(lambda: read_card(directory))  # no process looks before the first one has found a whole network
     try:
-        shapes = models.from_card(card)
+        return models.load(directory, abstract=abstract, sharding=NamedSharding(data_mesh(), COPIED))
     except ValueError as error:
-        raise RunError(f"{directory / CARD} describes no known network: {error}") from error
-    if abstract:
-        return shapes
-    arrays = load_arrays(directory / ARRAYS, {"params": shapes.params, "stats": shapes.stats})
-    return shapes.replace(**arrays, mean=jnp.asarray(shapes.mean), std=jnp.asarray(shapes.std))
+        raise RunError(str(error)) from error
 
 
 def fingerprint(network: Network) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import jax
 
-from .config import Config, differing_keys
+from .config import OPEN, Config, differing_keys, get_default
 from .errors import RunError
 from .sharding import on_main, say
 from .writer import read_json, write_json, writing
@@ -25,6 +25,19 @@ CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
 def frozen(config: Config) -> dict[str, Any]:
     """A config as JSON would give it back, so that a saved and a fresh one compare equal."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A frozen config with the keys that it lacks at their defaults: it may be older than some of them."""
+    return _filled(content, frozen(get_default()))
+
+
+def _filled(content: Mapping[str, Any], default: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    whole = {**default, **content}
+    for key in default.keys() & content.keys():
+        if isinstance(default[key], dict) and f"{prefix}{key}" not in OPEN:
+            whole[key] = _filled(content[key], default[key], f"{prefix}{key}.")
+    return whole
 
 
 def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
@@ -42,7 +55,7 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         reason = f"the workdir {workdir} cannot be written ({error.strerror})"
         raise RunError(f"{reason}; choose another --workdir") from error
     if (workdir / CONFIG).exists():
-        changes = differing_keys(read_json(workdir / CONFIG), dict(content))
+        changes = differing_keys(with_defaults(read_json(workdir / CONFIG)), with_defaults(content))
         if changes:
             raise RunError(
                 f"the workdir {workdir} belongs to a run with another config; choose another --workdir. "
@@ -55,7 +68,8 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
 def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
     """What differs from the run's first start in how it is evaluated; a result says so."""
     keys = ("evaluate_every_epochs", "teacher")
-    old, new = ({key: config.get(key) for key in keys} for config in (read_json(workdir / CONFIG), content))
+    both = (with_defaults(config) for config in (read_json(workdir / CONFIG), content))
+    old, new = ({key: config[key] for key in keys} for config in both)
     return differing_keys(old, new, without=())
 
 
