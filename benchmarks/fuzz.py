@@ -191,9 +191,9 @@ CARD |= {"in_channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
 # Where a part of an argument is malformed, it is this that the message names.
 PARTS = {
     "state": ["state"],
-    "data": ["batch", "image", "label"],
-    "batch": ["image", "label"],
-    "teacher": ["network's"],
+    "data": ["batch", "image", "images", "label"],
+    "batch": ["image", "images", "label"],
+    "teacher": ["network's", "teacher_logits"],
     "network": ["network's"],
     "student": ["network's"],
     "card": ["name", *CARD["options"], *CARD],

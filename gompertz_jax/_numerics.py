@@ -96,8 +96,8 @@ def check_fields(instance: Any) -> None:
         _check(field.name, getattr(instance, field.name), _options(field.type))
 
 
-def check_leaves(name: str, tree: Any) -> None:
-    """Refuse a tree of which JAX cannot make arrays, by the place in it.
+def check_leaves(name: str, tree: Any, *, or_shapes: bool = False) -> None:
+    """Refuse a tree of which JAX cannot make arrays, by the place in it; or, where that will do, take their shapes.
 
     Raises:
       TypeError: a leaf is no array of numbers, or the tree's keys or static parts cannot be compared.
@@ -115,8 +115,11 @@ def check_leaves(name: str, tree: Any) -> None:
         place = name + jax.tree_util.keystr(path)
         try:
             jax.typeof(leaf)
+            is_array = or_shapes or not isinstance(leaf, jax.ShapeDtypeStruct)
         except Exception:
-            raise TypeError(f"{place} must be an array of numbers, got {shown(leaf)}") from None
+            is_array = False
+        if not is_array:
+            raise TypeError(f"{place} must be an array of numbers, got {shown(leaf)}")
         if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
             raise ValueError(f"{place} was donated to an earlier call: pass on what that call returned in its place")
 

@@ -42,9 +42,10 @@ def check_outputs(name: str, outputs: Any, batch: int) -> None:
     forms = [("logits", "[B, K]", 2, outputs.logits), ("pooled", "[B, d]", 2, outputs.pooled)]
     forms += [(f"features[{index}]", "[B, h, w, c]", 4, stage) for index, stage in enumerate(outputs.features)]
     for part, form, axes, array in forms:
-        if getattr(array, "ndim", None) != axes or len(array) != batch or not jnp.issubdtype(array.dtype, jnp.floating):
+        shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
+        if len(shape) != axes or shape[0] != batch or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
             got = f"{array.dtype} {array.shape}" if hasattr(array, "shape") else shown(array)
-            raise ValueError(f"{name} must have {part} of floats {form} with B = {batch}, got {got}")
+            raise ValueError(f"{name} must have {part} of floats {form}, not empty, with B = {batch}, got {got}")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"])

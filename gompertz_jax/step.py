@@ -90,6 +90,9 @@ def init_state(
       A TrainState at step 0.
     """
     check_objective(objective)
+    _check_optimizer(optimizer)
+    check_leaves("student", student)
+    check_leaves("teacher", teacher)
     if len([positive_count("image_shape", side) for side in image_shape]) != 3:
         raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
     projections, projection_stats = {}, {}
@@ -383,6 +386,7 @@ def make_train_step(
       (3, ['ce/raw', 'gradient/raw', 'kd/raw', 'wasserstein/raw'])
     """
     check_objective(objective)
+    _check_optimizer(optimizer)
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
     _check_seed(seed)
     if average_decay is not None:
@@ -508,6 +512,11 @@ def make_gradient_report(
     return compiled(report, out_shardings=_copied(mesh))
 
 
+def _check_optimizer(optimizer: optax.GradientTransformation) -> None:
+    if not callable(optimizer.init) or not callable(optimizer.update):
+        raise TypeError(f"optimizer must have functions init and update, got {shown(optimizer)}")
+
+
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {shown(seed)}")
@@ -549,7 +558,7 @@ def _state_check(
 
     It is asked while a step is traced. What is given without arrays, or is not given, is not compared.
     """
-    check_leaves("student", student)
+    check_leaves("student", student, or_shapes=True)
     params, stats = jax.eval_shape(lambda *trees: trees, student.params, student.stats)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
 

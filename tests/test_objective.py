@@ -128,5 +128,5 @@ def test_malformed_parts_of_an_objective_are_told():
 
 def test_a_record_of_outputs_that_do_not_fit_is_refused():
     r = record()
-    with pytest.raises(ValueError, match=r"student must have logits of floats \[B, K\] with B = 2, got "):
+    with pytest.raises(ValueError, match=r"student, for labels \(2,\), must have logits of floats .* B = 2, got "):
         record(labels=r.labels[:2])

@@ -169,7 +169,7 @@ def create(
     num_classes, in_channels = int(num_classes), positive_count("in_channels", in_channels)
     try:
         dtype = jnp.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"dtype must be a floating dtype such as float32 or bfloat16, got {shown(dtype)}") from error
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name!r}")
