@@ -5,9 +5,11 @@
 
 Hypothesis draws them. A config is a small one in which up to three keys have other values, other types, are gone, or
 are new; it goes through `train_and_evaluate` up to the first work. A call is one of a function that `gompertz_jax`
-exports, with legal arguments but for one; it is traced, not run. Legal by chance is counted as accepted. All else must
-be refused within seconds: a config with a RunError, a call with a ValueError or TypeError, raised by the code of this
-package, whose message names a changed key or the argument. Everything else is listed, and it ends with 1.
+exports, or of one that such a function returned (a schedule, a step), with legal arguments but for one to three, which
+are replaced, or malformed in a part; it is traced, not run. Legal by chance is counted as accepted, and a function that
+was given and raises by itself is counted apart. All else must be refused within seconds: a config with a RunError, a
+call with a ValueError or TypeError, raised by the code of this package, whose message names a changed key or argument,
+or the part of it. Everything else is listed, and it ends with 1.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -42,6 +45,7 @@ import helpers  # noqa: E402
 import test_extremes as extremes  # noqa: E402
 
 import gompertz_jax as gj  # noqa: E402
+from gompertz_jax import schedules  # noqa: E402
 from gompertz_jax.training import data, loop  # noqa: E402
 from gompertz_jax.training.errors import RunError  # noqa: E402
 from gompertz_jax.training.objectives import LOSSES  # noqa: E402
@@ -154,7 +158,11 @@ def linear(seed):
     return gj.Network(apply, jax.random.normal(jax.random.key(seed), (2, 3)), {}, np.zeros(2), np.ones(2))
 
 
-SCHEDULE = gj.linear_schedule(10)
+STUDENT, TEACHER, OPTIMIZER = linear(0), linear(1), optax.sgd(0.1, momentum=0.9)
+SCHEDULE, BY_PROGRESS = gj.linear_schedule(10), gj.by_progress(gj.gompertz_schedule(1))
+ALONE, EVERYTHING = gj.student_alone(), gj.gompertz_objective(10, curve=BY_PROGRESS)
+SOME = gj.gompertz_objective(10, curve=BY_PROGRESS, wasserstein_weight=0.0)
+BATCH = {"image": jnp.full((6, 4, 4, 2), 0.5), "label": jnp.arange(6) % 3}
 LEGAL = {
     "total_steps": 100,
     "schedule": SCHEDULE,
@@ -162,22 +170,91 @@ LEGAL = {
     "value": 0.5,
     "inflection": 0.4,
     "record": helpers.record(),
-    "student": linear(0),
-    "optimizer": optax.sgd(0.1),
-    "objective": gj.student_alone(),
+    "student": STUDENT,
+    "optimizer": OPTIMIZER,
+    "objective": SOME,
     "image_shape": (4, 4, 2),
     "name": "resnet8",
     "num_classes": 3,
     "key": jax.random.key(0),
+    "first": SCHEDULE,
+    "second": BY_PROGRESS,
+    "step": 3,
+    "progress": 0.5,
+    "images": BATCH["image"],
+    "train": False,
+    "directory": "/nowhere",
 }
+CLASSES = {"Network": vars(STUDENT), "Record": vars(helpers.record()), "ByProgress": vars(BY_PROGRESS)}
+CARD = {"model": "resnet18", "options": {"stem": "cifar"}, "dtype": "float32", "num_classes": 3}
+CARD |= {"in_channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+# Where a part of an argument is malformed, it is this that the message names.
+PARTS = {
+    "state": ["state"],
+    "data": ["batch", "image", "images", "label"],
+    "batch": ["image", "images", "label"],
+    "teacher": ["network's", "teacher_logits"],
+    "network": ["network's"],
+    "student": ["network's"],
+    "card": ["name", *CARD["options"], *CARD],
+}
+
+
+def _scheduled(schedule):
+    return lambda step: schedule(step)
+
+
+@functools.cache
+def prepared():
+    """What the constructors and makers return, and what takes a tree or options, by name, with legal arguments."""
+    curves = {
+        "gompertz_schedule": gj.gompertz_schedule(100),
+        "gompertz_through": gj.gompertz_through(100, inflection=0.4),
+        "logistic_schedule": gj.logistic_schedule(100),
+        "linear_schedule": SCHEDULE,
+        "cosine_schedule": gj.cosine_schedule(100),
+        "constant_schedule": gj.constant_schedule(0.5),
+        "reversed_schedule": gj.reversed_schedule(SCHEDULE, 10),
+        "matched_constant": gj.matched_constant(SCHEDULE, 10),
+        "product": schedules.product(SCHEDULE, SCHEDULE),
+        "product with Optax": schedules.product(optax.linear_schedule(0.0, 1.0, 10), SCHEDULE),
+    }
+    found = {f"{name}(...)": (_scheduled(curve), {"step": 3}) for name, curve in curves.items()}
+    found["by_progress(...).value"] = BY_PROGRESS.value, {"progress": 0.5, "step": 3}
+    evaluated = {"network": STUDENT, "images": BATCH["image"], "labels": BATCH["label"]}
+    found["models.from_card"] = gj.models.from_card, {"card": CARD}
+    for model, options in (("resnet18", {"stem": "cifar"}), ("mobilenetv2", {"stem": "cifar", "width": 0.5})):
+        found[f"models.create, {model}"] = _created(model), {"num_classes": 3, "width": None} | options
+    found["make_eval_step(...)"] = gj.make_eval_step(), evaluated
+    for name, objective in (("student_alone", ALONE), ("everything", EVERYTHING)):
+        state = gj.init_state(STUDENT, OPTIMIZER, objective, (4, 4, 2), teacher=TEACHER)
+        arguments = {"state": state, "teacher": TEACHER}
+        train = gj.make_train_step(STUDENT, OPTIMIZER, objective)
+        found[f"make_train_step(...), {name}"] = train, arguments | {"data": BATCH}
+        report = gj.make_gradient_report(STUDENT, objective)
+        found[f"make_gradient_report(...), {name}"] = report, arguments | {"batch": BATCH}
+    return found
+
+
+def _created(model):
+    """`models.create` of a network that has options."""
+
+    def create(num_classes, stem, width):
+        options = {"stem": stem} if width is None else {"stem": stem, "width": width}
+        return gj.models.create(model, num_classes=num_classes, key=LEGAL["key"], **options)
+
+    return create
 
 
 @functools.cache
 def functions():
-    """Every function that the package exports, and what a network and a zoo offer, by name."""
+    """Every function that the package exports, what a network, a zoo and the schedules offer, and what those return."""
     found = {name: getattr(gj, name) for name in dir(gj) if inspect.isfunction(getattr(gj, name)) and name[0] != "_"}
     found = {name: function for name, function in found.items() if function.__module__.startswith("gompertz_jax")}
-    found |= {"models.create": gj.models.create, "Network.forward": linear(0).forward} | RETURNED
+    found |= {"models.create": gj.models.create, "models.load": gj.models.load, "Network.forward": STUDENT.forward}
+    found |= {"schedules.value_at": schedules.value_at, "schedules.product": schedules.product}
+    found |= {name: getattr(gj, name) for name in CLASSES}
+    found |= {name: function for name, (function, _) in prepared().items()}
     return {name: function for name, function in found.items() if arguments_of(function)}
 
 
@@ -186,33 +263,16 @@ def arguments_of(function):
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
-def batch():
-    return {"image": jnp.full((6, 4, 4, 2), 0.5), "label": jnp.arange(6) % 3}
-
-
-def _train_step(image, label):
-    state = gj.init_state(linear(0), LEGAL["optimizer"], LEGAL["objective"], (4, 4, 2))
-    gj.make_train_step(linear(0), LEGAL["optimizer"], LEGAL["objective"])(state, None, {"image": image, "label": label})
-
-
-def _evaluate(images, labels):
-    gj.make_eval_step()(linear(0), images, labels)
-
-
-# What the makers return, called with other arrays. They are jitted: what is no array is refused by JAX before.
-RETURNED = {"train_step": _train_step, "evaluate": _evaluate}
-
-
 @functools.cache
 def legal(name):
     """Legal arguments of a function, by name."""
+    if name in prepared():
+        return prepared()[name][1]
+    if name in CLASSES:
+        return dict(CLASSES[name])
     case, function = extremes.Case(), functions()[name]
     parameters = inspect.signature(function).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if name in RETURNED:
-        return dict(zip(needed, batch().values(), strict=True))
-    if name == "Network.forward":
-        return {"images": batch()["image"], "train": False}
     if name not in extremes.LOSSES:
         return {argument: LEGAL[argument] for argument in needed}
     made = {argument: extremes.ARGUMENTS[argument](case) for argument in needed}
@@ -223,55 +283,76 @@ def legal(name):
 
 
 DTYPES = ["float32", "int32", "bool", "complex64", "float16", "uint8", "longdouble", "object", "str"]
+KEYS = [jax.random.key(0), jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), 3)]
+GIVEN = [lambda *_, **__: None, lambda *_, **__: "a", lambda *_, **__: jnp.zeros(7), lambda x, *_, **__: x]
+PIECES = [
+    SCHEDULE,
+    BY_PROGRESS,
+    STUDENT,
+    ALONE,
+    gj.Outputs(1, 2, 3),
+    gj.Term("a", None, None),
+    gj.Progress(),
+    OPTIMIZER,
+]
+PIECES += [gj.Projection(), gj.Projection, jax.ShapeDtypeStruct((2, 3), jnp.float32), np.datetime64(0, "s")]
+ARRAYS = st.builds(
+    lambda shape, dtype, make: make(np.zeros(shape, dtype)),
+    st.lists(st.integers(0, 4), max_size=5),
+    st.sampled_from(DTYPES),
+    st.sampled_from([lambda array: array, lambda array: array if array.dtype.char in "gOU" else jnp.asarray(array)]),
+)
+ANYTHING = st.one_of(st.sampled_from([*NUMBERS, *OTHERS, *KEYS, *GIVEN, *PIECES]), st.text(max_size=5), ARRAYS)
 
 
 def deformed(array):
     """The same array in other shapes and dtypes."""
     array = np.asarray(array)
-    yield from (array[None], array[..., None], array.ravel(), array[:0], array[..., :0], array.tolist(), array[..., :1])
-    yield from (array[0] if array.ndim else array, np.concatenate([array, array]) if array.ndim else array, array.T)
-    yield from (np.repeat(array, 2, axis=-1) if array.ndim else array, jax.ShapeDtypeStruct(array.shape, array.dtype))
+    axes = np.atleast_1d(array)
+    yield from (array[None], array[..., None], array.ravel(), axes[:0], axes[..., :0], array.tolist(), axes[..., :1])
+    yield from (axes[0], np.concatenate([axes, axes]), array.T, np.repeat(axes, 2, axis=-1))
+    yield from (jax.ShapeDtypeStruct(array.shape, array.dtype), np.ma.masked_array(array))
     yield from (array.astype(dtype) for dtype in DTYPES)
 
 
-def bad_values(name, argument):
-    """What is put in the place of an argument."""
-    arrays = st.builds(
-        lambda shape, dtype: np.zeros(shape, dtype), st.lists(st.integers(0, 4), max_size=5), st.sampled_from(DTYPES)
-    )
-    usual = legal(name).get(argument)
-    like = []
-    if isinstance(usual, jax.Array) and not jnp.issubdtype(usual.dtype, jax.dtypes.prng_key):
-        like = [st.sampled_from(list(deformed(usual)))]
-    if name in RETURNED:
-        return st.one_of(arrays, *like).filter(
-            lambda value: isinstance(value, np.ndarray) and value.dtype.char in "fdiB?"
-        )
-    callables = [lambda *_: None, lambda *_: "a", lambda *_: jnp.zeros(7), lambda x, *_: x]
-    return st.one_of(st.sampled_from([*NUMBERS, *OTHERS, *callables]), st.text(max_size=5), arrays, *like)
+@st.composite
+def misfits(draw, usual):
+    """A legal value of which one part is malformed."""
+    if isinstance(usual, gj.Network):
+        name = draw(st.sampled_from(["params", "stats", "mean", "std"]))
+        return usual.replace(**{name: draw(misfits(getattr(usual, name)))})
+    if isinstance(usual, dict) and usual:
+        key, missing = draw(st.sampled_from(sorted(usual))), draw(st.integers(0, 3)) == 0
+        rest = {name: value for name, value in usual.items() if name != key}
+        return rest if missing else rest | {key: draw(misfits(usual[key]))}
+    if isinstance(usual, tuple) and usual:
+        index = draw(st.integers(0, len(usual) - 1))
+        parts = (*usual[:index], draw(misfits(usual[index])), *usual[index + 1 :])
+        return type(usual)(*parts) if hasattr(usual, "_fields") else parts
+    if isinstance(usual, jax.Array) and not jnp.issubdtype(usual.dtype, jax.dtypes.prng_key) and draw(st.booleans()):
+        return draw(st.sampled_from(list(deformed(usual))))
+    return draw(ANYTHING)
 
 
 @st.composite
 def calls(draw):
-    """A function, the argument that is malformed, and how."""
+    """A function, and what is put in the place of one to three of its arguments."""
     name = draw(st.sampled_from(sorted(functions())))
-    function = functions()[name]
-    parameters = arguments_of(function)
-    argument = draw(st.sampled_from(parameters))
-    return name, argument, draw(bad_values(name, argument))
+    names = st.lists(st.sampled_from(arguments_of(functions()[name])), min_size=1, max_size=3, unique=True)
+    usual = legal(name)
+    return name, {argument: draw(st.one_of(ANYTHING, misfits(usual.get(argument)))) for argument in draw(names)}
 
 
-def try_call(name, argument, value):
+def try_call(name, changes):
     """What became of a call."""
-    legal(name) | {argument: value}
-
-    arguments = legal(name) | {argument: value}
+    arguments = legal(name) | changes
 
     def traced():
         jax.eval_shape(lambda: functions()[name](**arguments) is None)
         raise Accepted
 
-    return outcome(traced, (ValueError, TypeError), {argument})
+    parts = [part for argument in changes for part in PARTS.get(argument, ())]
+    return outcome(traced, (ValueError, TypeError), {*changes, *parts})
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------
@@ -283,6 +364,10 @@ class Hang(BaseException):
 
 def _alarm(*_):
     raise Hang
+
+
+GIVEN_FAILED = "a given function failed"
+FINE = ("accepted", "refused", "not a config", GIVEN_FAILED)
 
 
 def outcome(attempt, expected, names):
@@ -300,8 +385,8 @@ def outcome(attempt, expected, names):
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = frames[-1]
-        if any(passed.filename == extremes.__file__ for passed in frames):
-            return "accepted"  # and the network that it was given did not fit the images: that is not ours to judge
+        if any(passed.filename in (extremes.__file__,) for passed in frames):
+            return GIVEN_FAILED
         said = (
             f"{type(error).__name__}: {str(error)[:150]} ({frame.filename.split('site-packages/')[-1]}:{frame.lineno})"
         )
@@ -310,7 +395,7 @@ def outcome(attempt, expected, names):
         ours = frame.filename.startswith(PACKAGE) or frame.filename == inspect.__file__  # a missing argument
         if not ours:
             return f"out of another package: {said}"
-        if not any(name in str(error) for name in names):
+        if not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(error)) for name in names):
             return f"names none of {sorted(names)}: {said}"
         return "refused"
     finally:
@@ -332,8 +417,8 @@ def explore(strategy, attempt, examples, derandomize):
     @hypothesis.given(strategy)
     def once(drawn):
         found = attempt(drawn)
-        counts[found if found in ("accepted", "refused", "not a config") else "WRONG"] += 1
-        if counts["WRONG"] and found not in counts:
+        counts[found if found in FINE else "WRONG"] += 1
+        if found not in FINE:
             where = found.rpartition("(")[2] if "(" in found else found
             wrong.setdefault((where, found.split(":")[0]), (found, drawn))
 

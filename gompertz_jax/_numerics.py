@@ -5,6 +5,7 @@ float, so that no closure captures an array. A traced number (a schedule evaluat
 differentiated) cannot be checked and is passed on as it is.
 """
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -25,10 +26,11 @@ Scalar = int | float | np.generic | np.ndarray | Array
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
-_LARGEST_COUNT = 2**31 - 1
+LARGEST_COUNT = 2**31 - 1
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_REALS = frozenset(("bool", *_FLOATS, *_INTEGERS))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +59,78 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def compiled(function: Callable[P, R], **options: Any) -> Any:
+    """`jax.jit(function, **options)`, `checked`, with JAX's own refusal of an argument put into our words.
+
+    What JAX cannot take it refuses before the function, and with it the check, is traced. So the check is made once
+    more, of the trees' leaves, too, where a call has failed: one that goes well costs nothing.
+    """
+    signature = inspect.signature(function)
+    function = checked(function)
+    program = jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return program(*args, **kwargs)
+        except Exception:
+            try:
+                for name, value in signature.bind(*args, **kwargs).arguments.items():
+                    _check(name, value, _options(signature.parameters[name].annotation))
+                    check_leaves(name, value)
+            except (TypeError, ValueError) as refusal:
+                raise refusal from None
+            raise
+
+    vars(call).update(lower=program.lower, trace=program.trace)
+    return call
+
+
+def check_fields(instance: Any) -> None:
+    """`checked` for a dataclass: hold its fields to their annotations.
+
+    Raises:
+      TypeError, ValueError: as `checked`.
+    """
+    for field in dataclasses.fields(instance):
+        _check(field.name, getattr(instance, field.name), _options(field.type))
+
+
+def check_leaves(name: str, tree: Any, *, or_shapes: bool = False) -> None:
+    """Refuse a tree of which JAX cannot make arrays, by the place in it; or, where that will do, take their shapes.
+
+    Raises:
+      TypeError: a leaf is no array of numbers, or the tree's keys or static parts cannot be compared.
+      ValueError: an array was donated.
+    """
+    try:
+        leaves = jax.tree.leaves_with_path(tree)
+        structure = jax.tree.structure(tree)
+        comparable = hash(structure) == hash(structure) and structure == jax.tree.structure(tree)
+    except Exception as error:
+        raise TypeError(f"{name} must be a tree of arrays, got one that has no order or no equality: {error}") from None
+    if not comparable:
+        raise TypeError(f"{name} must be a tree of arrays, got one that does not equal itself")
+    for path, leaf in leaves:
+        place = name + jax.tree_util.keystr(path)
+        try:
+            jax.typeof(leaf)
+            is_array = or_shapes or not isinstance(leaf, jax.ShapeDtypeStruct)
+        except Exception:
+            is_array = False
+        if not is_array:
+            raise TypeError(f"{place} must be an array of numbers, got {shown(leaf)}")
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            raise ValueError(f"{place} was donated to an earlier call: pass on what that call returned in its place")
+
+
+def shown(value: Any) -> str:
+    """A value in an error message."""
+    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.200}"
+
+
 def _options(annotation: Any) -> tuple[Any, ...]:
     """What a union allows."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -68,8 +142,9 @@ def _check(name: str, value: Any, options: tuple[Any, ...]) -> None:
     wanted = " or ".join(dict.fromkeys(filter(None, map(_in_words, options))))
     if isinstance(value, jax.Array | np.ndarray):
         fault = TypeError if not any(_is_of_dtype(option, value) for option in options) else ValueError
-        raise fault(f"{name} must be {wanted}, got {value.dtype.name} of the shape {value.shape}")
-    raise TypeError(f"{name} must be {wanted}, got {value!r:.200}")
+        masked = "masked " if isinstance(value, np.ma.MaskedArray) else ""
+        raise fault(f"{name} must be {wanted}, got {masked}{value.dtype.name} of the shape {value.shape}")
+    raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def _accepts(option: Any, value: Any) -> bool:
@@ -98,7 +173,7 @@ def _dtypes(option: Any) -> tuple[str, ...]:
 
 
 def _is_of_dtype(option: Any, value: Any) -> bool:
-    if not _is_array(option) or not isinstance(value, jax.Array | np.ndarray):
+    if not _is_array(option) or not isinstance(value, jax.Array | np.ndarray) or isinstance(value, np.ma.MaskedArray):
         return False
     if option.dtypes == ("prng_key",):
         return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
@@ -172,6 +247,25 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
+def check_real(name: str, value: Any) -> None:
+    """Refuse what is not a real number or an array of real numbers, known or traced, and of any shape.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: it is an integer of more than 32 bits.
+    """
+    if not _is_real(value):
+        raise TypeError(f"{name} must be a real number or an array of real numbers, got {shown(value)}")
+    if isinstance(value, int | np.integer) and abs(int(value)) > LARGEST_COUNT:
+        raise ValueError(f"{name} must lie within 32 bits, got {shown(int(value))}")
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, np.ma.MaskedArray):
+        return value.dtype.name in _REALS
+    return isinstance(value, int | float)
+
+
 def finite_number(
     name: str, value: Scalar, *, legal: str = "a finite number", accept: Callable[[float], bool] | None = None
 ) -> float | Array:
@@ -181,9 +275,8 @@ def finite_number(
       TypeError: if `value` is no real number.
       ValueError: if it is no scalar, or is concrete and not finite or not accepted.
     """
-    dtype = getattr(value, "dtype", np.dtype(type(value)) if isinstance(value, int | float) else None)
-    if dtype is None or dtype.name not in ("bool", *_FLOATS, *_INTEGERS):
-        raise TypeError(f"{name} must be {legal}, got {value!r:.200}")
+    if not _is_real(value):
+        raise TypeError(f"{name} must be {legal}, got {shown(value)}")
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be {legal}, got an array of shape {np.shape(value)}")
     if is_traced(value):
@@ -224,7 +317,6 @@ def positive_count(name: str, value: Any) -> int:
         count = operator.index(value)
     except TypeError:
         count = 0
-    if not 1 <= count <= _LARGEST_COUNT:
-        told = f"{value!r:.200}" if abs(count) <= _LARGEST_COUNT else f"an integer of {count.bit_length()} bits"
-        raise ValueError(f"{name} must be a positive integer, got {told}")
+    if not 1 <= count <= LARGEST_COUNT:
+        raise ValueError(f"{name} must be a positive integer, got {shown(count if count else value)}")
     return count

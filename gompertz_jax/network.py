@@ -1,6 +1,7 @@
 """What the objective and the step know of a network: one pure function, its arrays, and the images' normalisation."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from ._numerics import checked
+from ._numerics import checked, shown
 
 PyTree = Any
 
@@ -27,6 +28,24 @@ class Outputs(NamedTuple):
     logits: Float[Array, "batch classes"]
     features: tuple[Float[Array, "batch _ _ _"], ...]
     pooled: Float[Array, "batch _"]
+
+
+def check_outputs(name: str, outputs: Any, batch: int) -> None:
+    """Refuse what is not a network's outputs on a batch of so many images.
+
+    Raises:
+      TypeError: it is no Outputs.
+      ValueError: an array of it has another form.
+    """
+    if not isinstance(outputs, Outputs) or not isinstance(outputs.features, tuple | list):
+        raise TypeError(f"{name} must be gompertz_jax.Outputs of arrays, got {shown(outputs)}")
+    forms = [("logits", "[B, K]", 2, outputs.logits), ("pooled", "[B, d]", 2, outputs.pooled)]
+    forms += [(f"features[{index}]", "[B, h, w, c]", 4, stage) for index, stage in enumerate(outputs.features)]
+    for part, form, axes, array in forms:
+        shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
+        if len(shape) != axes or shape[0] != batch or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
+            got = f"{array.dtype} {array.shape}" if hasattr(array, "shape") else shown(array)
+            raise ValueError(f"{name} must have {part} of floats {form}, not empty, with B = {batch}, got {got}")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"])
@@ -85,6 +104,11 @@ class Network:
     mean: Any
     std: Any
 
+    def __post_init__(self):
+        # The arrays may be anything that a transformation puts in their place; `apply` is never one of them.
+        if not callable(self.apply):
+            raise TypeError(f"a network's apply must be a function, got {shown(self.apply)}")
+
     @checked
     def forward(
         self,
@@ -97,31 +121,50 @@ class Network:
         """Apply the network to common images in [0, 1], normalised by its own mean and std.
 
         Raises:
+          TypeError: mean or std is no array of numbers, or `apply` returns something else than Outputs.
           ValueError: the images are integers, or have other channels than mean and std; `offsets` has not one entry per
-            map, or `apply` does not take it.
+            map, or `apply` does not take it, or fails with these params, stats and images.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
-        mean, std = (jnp.asarray(numbers, images.dtype) for numbers in (self.mean, self.std))
-        for name, numbers in (("mean", mean), ("std", std)):
-            if numbers.size not in (1, images.shape[-1]):
-                raise ValueError(
-                    f"images have {images.shape[-1]} channels and this network's {name} {numbers.size}: "
-                    "it is one of other images"
-                )
-        images = (images - mean) / std
+        images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
         if offsets is None:
-            return self.apply(self.params, self.stats, images, train=train, key=key)
+            return self._applied(images, train=train, key=key)
         parameters = inspect.signature(self.apply).parameters.values()
         if not any(p.name == "offsets" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             raise ValueError(
                 "offsets: this network's apply does not take them, so it has no gradients at a stage; give it the "
                 "keyword offsets=None that gompertz_jax.Network describes, or take the gradient at the images"
             )
-        outputs, stats = self.apply(self.params, self.stats, images, train=train, key=key, offsets=tuple(offsets))
+        outputs, stats = self._applied(images, train=train, key=key, offsets=tuple(offsets))
         if len(offsets) != len(outputs.features):
             raise ValueError(f"offsets must have one entry per map, {len(outputs.features)}, got {len(offsets)}")
         return outputs, stats
+
+    def _per_channel(self, name: str, images: Array) -> Array:
+        numbers = getattr(self, name)
+        try:
+            array = jnp.asarray(numbers, images.dtype)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"this network's {name} must be numbers, one per channel, got {shown(numbers)}") from None
+        if array.size not in (1, images.shape[-1]) or array.size != math.prod(array.shape[-1:]) or array.ndim > 4:
+            raise ValueError(
+                f"images have {images.shape[-1]} channels and this network's {name} the shape {array.shape}: "
+                "it is one of other images"
+            )
+        return array
+
+    def _applied(self, images: Array, **options: Any) -> tuple[Outputs, PyTree]:
+        try:
+            returned = self.apply(self.params, self.stats, images, **options)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            raise ValueError(
+                f"this network's apply fails with its params and stats on images {images.dtype} {images.shape}: {error}"
+            ) from error
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(f"this network's apply must return (Outputs, stats), got {shown(returned)}")
+        check_outputs("what this network's apply returns first", returned[0], len(images))
+        return returned
 
     def replace(self, **changes: Any) -> "Network":
         """The network with other arrays, for instance `network.replace(params=new_params)`."""

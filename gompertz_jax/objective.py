@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from . import terms
-from ._numerics import checked, finite_number, fraction_from_zero, positive_count, positive_number
+from ._numerics import (
+    check_real,
+    checked,
+    finite_number,
+    fraction_from_zero,
+    positive_count,
+    positive_number,
+    shown,
+)
 from .projections import AnyProjection, Projection
 from .record import Record, Taught
 from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at
@@ -100,7 +109,12 @@ class Progress(NamedTuple):
 
     def update(self, state: Mapping[str, Array], record: Record) -> dict[str, Array]:
         """The state after a batch."""
-        ours, theirs = self.measure(record)
+        measured = self.measure(record)
+        if not isinstance(measured, tuple) or len(measured) != 2:
+            raise TypeError(f"progress.measure must return a pair of numbers, got {shown(measured)}")
+        ours, theirs = measured
+        for number in measured:
+            check_real("each of the two that progress.measure returns", number)
         student = self.decay * state["student"] + (1.0 - self.decay) * ours
         teacher = self.decay * state["teacher"] + (1.0 - self.decay) * theirs
         progress = jnp.clip(student / jnp.maximum(teacher, jnp.finfo(jnp.float32).tiny), 0.0, 1.0)
@@ -124,20 +138,33 @@ def check_objective(objective: Objective) -> None:
       TypeError: a term, a weight, a loss or a projection is of another type.
       ValueError: there is no term, or two have one name, or a term comes at no step.
     """
-    if not objective.terms:
-        raise ValueError("objective: there is no term, so there is nothing to learn")
+    if not isinstance(objective.terms, tuple | list) or not objective.terms:
+        raise ValueError(f"objective: terms must be a tuple of at least one Term, got {shown(objective.terms)}")
     for term in objective.terms:
         if not isinstance(term, Term) or not isinstance(term.name, str) or not callable(term.loss):
-            raise TypeError(f"objective: a term must be a Term with a name and a loss, got {term!r:.200}")
+            raise TypeError(f"objective: a term must be a Term with a name and a loss, got {shown(term)}")
+        where = f"of the term {term.name!r}"
+        if not isinstance(term.schedules, Mapping) or not all(isinstance(name, str) for name in term.schedules):
+            raise TypeError(f"objective: schedules {where} must be schedules by name, got {shown(term.schedules)}")
         for schedule in (term.weight, *term.schedules.values()):
             if not callable(schedule) and not isinstance(schedule, ByProgress):
-                raise TypeError(f"objective: a weight or schedule of {term.name!r} must be a function of the step")
-        positive_count(f"every_k_steps of the term {term.name!r}", term.every_k_steps)
+                raise TypeError(f"objective: a weight or schedule {where} must be a function of the step")
+        positive_count(f"objective: every_k_steps {where}", term.every_k_steps)
+        stages = term.gradient_stages
+        if not isinstance(stages, tuple) or len(stages) not in (0, 2) or not all(isinstance(i, int) for i in stages):
+            raise TypeError(f"objective: gradient_stages {where} must be () or two integers, got {shown(stages)}")
     if len({term.name for term in objective.terms}) != len(objective.terms):
         raise ValueError(f"objective: term names must differ, got {[term.name for term in objective.terms]}")
+    if not isinstance(objective.projections, Mapping):
+        raise TypeError(f"objective: projections must be projections by name, got {shown(objective.projections)}")
     for name, projection in objective.projections.items():
-        if not isinstance(projection, AnyProjection):
+        if not isinstance(name, str) or isinstance(projection, type) or not isinstance(projection, AnyProjection):
             raise TypeError(f"objective: the projection {name!r} must be one of gompertz_jax.projections")
+    progress = objective.progress
+    if progress is not None:
+        if not isinstance(progress, Progress) or not callable(progress.measure):
+            raise TypeError(f"objective: progress must be a Progress with a function to measure, got {shown(progress)}")
+        fraction_from_zero("objective: progress.decay", progress.decay)
 
 
 # --- the default ------------------------------------------------------------------------------------------------------
@@ -243,8 +270,7 @@ def evaluate(
     for term in objective.terms:
         scheduled = {name: value_at(schedule, step, progress) for name, schedule in term.schedules.items()}
         known = {"of_teacher": parts[term.name]} if parts and term.name in parts else {}
-        result = term.loss(record, **scheduled, **known)
-        values, diagnostics = result if isinstance(result, tuple) else (result, {})
+        values, diagnostics = _returned(term.name, term.loss(record, **scheduled, **known))
         raw, weight = values.mean().astype(jnp.float32), jnp.asarray(value_at(term.weight, step, progress), jnp.float32)
         raws.append(raw)
         weights.append(weight)
@@ -252,3 +278,16 @@ def evaluate(
         metrics |= {f"{term.name}/{name}": jnp.asarray(value, jnp.float32) for name, value in scheduled.items()}
         metrics |= {f"{term.name}/{name}": value.mean() for name, value in diagnostics.items()}
     return Evaluation(jnp.stack(raws), jnp.stack(weights), jax.lax.stop_gradient(metrics))
+
+
+def _returned(term: str, result: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Values and diagnostics out of what a loss returned, whoever wrote it."""
+    values, diagnostics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    named = diagnostics if isinstance(diagnostics, Mapping) else {"the diagnostics": diagnostics}
+    for name, array in {"the values": values, **named}.items():
+        if not isinstance(array, jax.Array | np.ndarray | np.generic):
+            raise TypeError(
+                f"the loss of the term {term!r} must return values, an array, or a pair of them and "
+                f"{{name: array}}, got {shown(array)} for {name}"
+            )
+    return values, diagnostics

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Int
 
-from .network import Outputs
+from ._numerics import check_fields
+from .network import Outputs, check_outputs
 
 Pullback: TypeAlias = Callable[..., Any]
 """`pullback(cotangent [B, K], stage=None)`: the gradient of `sum(cotangent * logits)` at the images, or at the map of a
@@ -120,6 +121,12 @@ class Record:
     per_image: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     whole_batch: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     key: Any = None
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("student", "teacher"):
+            if getattr(self, name) is not None:
+                check_outputs(f"{name}, for labels {self.labels.shape},", getattr(self, name), len(self.labels))
 
     def taught(self) -> Outputs:
         """The teacher's outputs.

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from ._numerics import (
     Scalar,
+    check_real,
     checked,
     compute_dtype,
     finite_number,
@@ -26,6 +27,7 @@ from ._numerics import (
     is_traced,
     positive_count,
     positive_number,
+    shown,
 )
 
 Schedule: TypeAlias = Callable[[Any], Any]
@@ -351,6 +353,7 @@ def reversed_schedule(schedule: Schedule, total_steps: int | np.integer) -> Sche
     last = positive_count("total_steps", total_steps) - 1
 
     def weight(step: Scalar) -> Any:
+        check_real("step", step)
         steps = jnp.asarray(step)
         if jnp.issubdtype(steps.dtype, jnp.integer):
             # A difference of unsigned or 8-bit steps would wrap around.
@@ -372,6 +375,10 @@ class ByProgress:
     """
 
     value: Callable[[Any, Any], Any]
+
+    def __post_init__(self):
+        if not callable(self.value):
+            raise TypeError(f"value must be a function (progress, step) -> coefficient, got {shown(self.value)}")
 
 
 @checked
@@ -396,27 +403,40 @@ def by_progress(curve: Schedule) -> ByProgress:
     References:
       Yang and Qin, Gompertz-CNN, 2025, https://arxiv.org/abs/2510.21649.
     """
-    return ByProgress(lambda progress, step: curve(progress))
+
+    def value(progress: Scalar, step: Scalar) -> Any:
+        check_real("progress", progress)
+        return curve(progress)
+
+    return ByProgress(value)
 
 
+@checked
 def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -> Any:
     """The coefficient at a step, and at the student's progress where that is what the schedule reads.
 
     Raises:
+      TypeError: step or progress is not a number, or the schedule returns something else.
       ValueError: it reads the progress, and none is measured.
     """
+    check_real("step", step)
     if not isinstance(schedule, ByProgress):
-        return schedule(step)
-    if progress is None:
+        value = schedule(step)
+    elif progress is None:
         raise ValueError("a weight is by_progress(...), and the objective has progress=None: give it a gj.Progress()")
-    return schedule.value(progress, step)
+    else:
+        check_real("progress", progress)
+        value = schedule.value(progress, step)
+    check_real("what the schedule returns", value)
+    return value
 
 
+@checked
 def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
     """The product of two schedules, which reads the progress if either does."""
     if isinstance(first, ByProgress) or isinstance(second, ByProgress):
         return ByProgress(lambda progress, step: value_at(first, step, progress) * value_at(second, step, progress))
-    return lambda step: first(step) * second(step)
+    return lambda step: value_at(first, step) * value_at(second, step)
 
 
 def total(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
@@ -496,6 +516,7 @@ def matched_constant(schedule: Schedule, total_steps: int | np.integer, *, weigh
 
 
 def _weight_dtype(step: Any, *parameters: Any) -> Any:
+    check_real("step", step)
     # Python floats are constants of the curve and follow the step's dtype; a traced parameter has a dtype of its own.
     return compute_dtype(step, *(parameter for parameter in parameters if not isinstance(parameter, float)))
 
@@ -515,5 +536,5 @@ def _values(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
 def _one_value(schedule: Schedule, step: Array) -> Array:
     weight = schedule(step)
     if not isinstance(weight, int | float | np.generic | np.ndarray | jax.Array) or jnp.ndim(weight) != 0:
-        raise ValueError(f"schedule and weights must each return one number at a step, got {weight!r:.200}")
+        raise ValueError(f"schedule and weights must each return one number at a step, got {shown(weight)}")
     return jnp.asarray(weight)

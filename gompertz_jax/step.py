@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from ._numerics import checked, finite_number, fraction_from_zero, positive_count
+from ._numerics import check_leaves, checked, compiled, finite_number, fraction_from_zero, positive_count, shown
 from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
-from .objective import Objective, Term, check_objective, evaluate
+from .objective import Objective, Progress, Term, check_objective, evaluate
 from .projections import init_projections, project
 from .record import Leading, NotStored, Pullback, Record, StoredOutputs, Taught, no_pullback
 from .schedules import Schedule, value_at
@@ -91,6 +91,9 @@ def init_state(
       A TrainState at step 0.
     """
     check_objective(objective)
+    check_optimizer(optimizer)
+    check_leaves("student", student)
+    check_leaves("teacher", teacher)
     if len([positive_count("image_shape", side) for side in image_shape]) != 3:
         raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
     projections, projection_stats = {}, {}
@@ -186,6 +189,10 @@ def _raw_terms(
             ours, _, pull_ours = _forward(running, images[:count], taps, train=False)
             return Leading(ours, pull_ours)
 
+        fresh = jax.eval_shape(partial(init_projections, objective.projections), outputs, taught.outputs, key)
+        given = trainable["projections"], state.projection_stats
+        for name, found, like in zip(("projections", "projection_stats"), given, fresh, strict=True):
+            _check_form(f"state.{name}", {key: found[key] for key in objective.projections}, like)
         views = project(
             objective.projections, trainable["projections"], state.projection_stats, outputs, taught.outputs
         )
@@ -453,7 +460,9 @@ def make_train_step(
     Raises:
       ValueError: `steps_per_dispatch` below 1, a negative `skip_below`, two terms of one name, a step without any term,
         a mesh with other axes, a weight that reads the progress together with `skip_below`; when called, a term that
-        distils and no teacher, a batch that does not divide by the number of devices.
+        distils and no teacher, a state of another form than `init_state` gives it, or one that was donated before, a
+        batch of other shapes or dtypes, or that does not divide by the number of devices.
+      TypeError: an argument, of this function or of the step, is of another type, or holds what is no array.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
@@ -469,6 +478,7 @@ def make_train_step(
       (3, ['ce/raw', 'gradient/raw', 'kd/raw', 'wasserstein/raw'])
     """
     check_objective(objective)
+    check_optimizer(optimizer)
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
     check_seed(seed)
     if average_decay is not None:
@@ -483,9 +493,8 @@ def make_train_step(
             f"skip_below = {skip_below}: a step that skips the teacher cannot measure the student's progress, which a "
             "weight of this objective reads; take 0, or a schedule by the clock"
         )
-    if objective.progress is not None and not 0.0 <= objective.progress.decay < 1.0:
-        raise ValueError(f"progress.decay must lie in [0, 1), got {objective.progress.decay}")
     check_mesh(mesh)
+    check_state = _state_check(student, objective, optimizer, averages=average_decay is not None)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
     learn = make_learn(
         student,
@@ -505,9 +514,10 @@ def make_train_step(
 
     # One step goes through `scan` too: a second form of the program would round differently.
     def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
+        check_state(state)
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
+    return compiled(dispatch, donate_argnums=0, out_shardings=copied(mesh))
 
 
 def copied(mesh: Mesh | None) -> NamedSharding | None:
@@ -534,9 +544,11 @@ def make_gradient_report(
     check_objective(objective)
     check_seed(seed)
     check_mesh(mesh)
+    check_state = _state_check(student, objective)
     student = student.replace(params=None, stats=None)
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
+        check_state(state)
         key = step_key(seed, state.step)
         check_batch(batch)
         batch = spread_batch(batch, mesh)
@@ -556,20 +568,31 @@ def make_gradient_report(
             metrics[f"{term.name}/gradient_cosine"] = inner / jnp.maximum(norm * norms[0], jnp.finfo(norm.dtype).tiny)
         return metrics
 
-    return jax.jit(report, out_shardings=copied(mesh))
+    return compiled(report, out_shardings=copied(mesh))
+
+
+def check_optimizer(optimizer: optax.GradientTransformation) -> None:
+    """Refuse what has not an optimiser's two functions."""
+    if not callable(optimizer.init) or not callable(optimizer.update):
+        raise TypeError(f"optimizer must have functions init and update, got {shown(optimizer)}")
 
 
 def check_seed(seed: int) -> None:
     """Refuse what is no seed."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r:.200}")
+        raise ValueError(f"seed must be an integer in [0, 2^32), got {shown(seed)}")
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Any) -> None:
     """Refuse what is not a batch, in words, before a network meets it."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be {{'image': [B, h, w, c], 'label': [B]}}, got {shown(batch)}")
     if not {"image", "label"} <= batch.keys():
-        raise ValueError(f"a batch must have 'image' and 'label', got {', '.join(map(repr, batch))}")
+        raise ValueError(f"a batch must have 'image' and 'label', got {', '.join(map(repr, batch)) or 'nothing'}")
     image, label = batch["image"], batch["label"]
+    for name, values in (("image", image), ("label", label)):
+        if not isinstance(values, jax.Array):
+            raise TypeError(f"{name} of a batch must be an array, got {shown(values)}")
     if image.ndim != 4 or 0 in image.shape or not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(
             f"image must be floats in [0, 1] of the shape [B, h, w, c], not empty, got {image.dtype} {image.shape}"
@@ -585,6 +608,63 @@ def check_batch(batch: Batch) -> None:
         if rows.ndim != 2 or rows.shape[0] != image.shape[0] or not jnp.issubdtype(rows.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
+            )
+
+
+def _state_check(
+    student: Network,
+    objective: Objective,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    averages: bool = False,
+) -> Callable[[TrainState], None]:
+    """What refuses a state that `init_state` did not make for these, part by part, in words.
+
+    It is asked while a step is traced. What is given without arrays, or is not given, is not compared.
+    """
+    check_leaves("student", student, or_shapes=True)
+    params, stats = jax.eval_shape(lambda *trees: trees, student.params, student.stats)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def check(state: TrainState) -> None:
+        like: dict[str, Any] = {"step": scalar, "failed_term": scalar, "failed_step": scalar}
+        if params is not None:
+            like |= {"params": params, "stats": stats}
+        # One that was made for more than this objective will do, as for the report on a part of it.
+        if objective.progress is not None or jax.tree.leaves(state.progress):
+            like["progress"] = jax.eval_shape(Progress().start)
+        for name, part in like.items():
+            _check_form(f"state.{name}", getattr(state, name), part)
+        for name in ("projections", "projection_stats"):
+            found = getattr(state, name)
+            if not isinstance(found, Mapping) or not found.keys() >= objective.projections.keys():
+                told = sorted(objective.projections)
+                raise ValueError(f"state.{name} must be those of the objective's projections {told}, {_MADE}")
+        if optimizer is not None:
+            trained = {"student": state.params, "projections": state.projections}
+            _check_form("state.opt_state", state.opt_state, jax.eval_shape(optimizer.init, trained))
+            average = (state.params, state.stats) if averages else None
+            _check_form("state.average", state.average, average)
+
+    return check
+
+
+_MADE = "as init_state makes them for this student, objective and optimizer"
+
+
+def _check_form(name: str, tree: PyTree, like: PyTree) -> None:
+    """Refuse a tree of other shapes or kinds of numbers."""
+    found, wanted = ({path: leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, like))
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        differing = [*(found.keys() ^ wanted.keys())][:1]
+        place = f", which differ at {name}{jax.tree_util.keystr(differing[0])}" if differing else ""
+        raise ValueError(f"{name} must have the arrays {_MADE}{place}")
+    for path, leaf in wanted.items():
+        got, kind = found[path], jnp.floating if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        if got.shape != leaf.shape or not jnp.issubdtype(got.dtype, kind):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must be {leaf.dtype} {leaf.shape}, {_MADE}, "
+                f"got {got.dtype} {got.shape}"
             )
 
 
@@ -623,12 +703,11 @@ def make_eval_step(
     check_mesh(mesh)
     devices = 1 if mesh is None else mesh.size
 
-    def evaluate_split(network: Network, images: Array, labels: Array) -> Predictions:
-        if images.ndim != 4 or 0 in images.shape or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"images and labels must have the shapes [N, h, w, c], not empty, and [N], "
-                f"got {images.shape} and {labels.shape}"
-            )
+    def evaluate_split(
+        network: Network, images: Shaped[Array, "images height width channels"], labels: Int[Array, " labels"]
+    ) -> Predictions:
+        if len(images) != len(labels):
+            raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
         count = images.shape[0]
         size = -(-min(batch_size, count) // devices) * devices
         padding = -count % size
@@ -645,7 +724,7 @@ def make_eval_step(
         classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))
         return Predictions(classes.reshape(-1)[:count], losses.reshape(-1)[:count].mean())
 
-    return jax.jit(evaluate_split, out_shardings=copied(mesh))
+    return compiled(evaluate_split, out_shardings=copied(mesh))
 
 
 def as_unit_interval(images: Array) -> Float[Array, "..."]:

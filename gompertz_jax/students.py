@@ -22,7 +22,19 @@ from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import Taught
 from .schedules import Schedule, constant_schedule, value_at
-from .step import Batch, Metrics, TrainState, check_batch, check_seed, copied, make_learn, progress_of, step_key, teach
+from .step import (
+    Batch,
+    Metrics,
+    TrainState,
+    check_batch,
+    check_optimizer,
+    check_seed,
+    copied,
+    make_learn,
+    progress_of,
+    step_key,
+    teach,
+)
 
 LAYOUTS = ("map", "vmap", "unroll")
 
@@ -214,6 +226,7 @@ def make_comparison_step(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
+    check_optimizer(optimizer)
     check_seed(seed)
     check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch

@@ -21,7 +21,7 @@ RULES = {
     "intact": (set(), set()),
     "losses": (NUMERICAL, {"_numerics", "losses"}),
     "network": (NUMERICAL, {"_numerics"}),
-    "record": (NUMERICAL, {"network"}),
+    "record": (NUMERICAL, {"_numerics", "network"}),
     "projections": (NUMERICAL, {"_numerics", "losses", "network"}),
     "terms": (NUMERICAL, {"losses", "network", "projections", "record"}),
     "objective": (NUMERICAL, {"_numerics", "schedules", "projections", "record", "terms"}),

@@ -1,5 +1,7 @@
 """Networks by name: sizes, values against NumPy, normalisation, dtypes, identity, and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -474,6 +476,8 @@ def test_normalisation_by_mean_and_std():
         ("resnet50", {"width": 2}, r"width: resnet50 has no such option \(got 2\); its options: stem"),
         ("resnet50", {"stem": "7x7"}, r"stem must be one of \('cifar', 'imagenet'\), got '7x7'"),
         ("mobilenetv2", {"stem": "7x7"}, r"stem must be one of \('strided', 'cifar', 'imagenet'\), got '7x7'"),
+        ("mobilenetv2", {"width": math.nan}, r"width must be a finite number, got nan"),
+        ("resnet8", {"num_classes": 2**30}, r"num_classes=1073741824 and in_channels=3 give resnet8 .* parameters"),
         ("mobilenetv2", {"width": 0.0}, r"width must lie in \[1/16, 16\], got 0.0"),
         ("resnet20", {"num_classes": 1}, r"num_classes must be an integer of at least 2, got 1"),
         ("resnet20", {"in_channels": 0}, r"in_channels must be a positive integer, got 0"),
@@ -486,6 +490,11 @@ def test_normalisation_by_mean_and_std():
 def test_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         gj.models.create(name, key=jax.random.key(0), **{"num_classes": 10, **arguments})
+
+
+def test_an_option_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"stem must be a word such as 'cifar', got \[1\]"):
+        gj.models.create("resnet18", num_classes=10, key=jax.random.key(0), stem=[1])
 
 
 # Offsets: gradients at a stage

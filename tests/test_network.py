@@ -84,6 +84,19 @@ def test_a_network_without_offsets_is_called_as_before():
     assert calls == [{"train", "key"}, {"train", "key"}, {"train", "key", "offsets"}]
 
 
+def test_a_malformed_network_is_told():
+    images = jnp.ones((1, 4, 4, 3))
+    for changes, error, message in (
+        ({"mean": "x"}, TypeError, "this network's mean must be numbers, one per channel, got 'x'"),
+        ({"std": jnp.ones((3, 1))}, ValueError, r"images have 3 channels and this network's std the shape \(3, 1\)"),
+        ({"params": jnp.eye(2)}, ValueError, "this network's apply fails with its params and stats on images float32"),
+        ({"apply": lambda *_, **__: 3}, TypeError, r"apply must return \(Outputs, stats\), got 3"),
+        ({"apply": lambda *_, **__: (gj.Outputs(images, (), images), {})}, ValueError, r"logits of floats \[B, K\]"),
+    ):
+        with pytest.raises(error, match=message):
+            NETWORK.replace(**changes).forward(images, train=False)
+
+
 def test_offsets_that_cannot_be_used_are_refused():
     images = jnp.ones((1, 4, 4, 3))
     with pytest.raises(ValueError, match=r"offsets: this network's apply does not take them.*gompertz_jax.Network"):

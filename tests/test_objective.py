@@ -104,3 +104,29 @@ def test_the_default_objective_can_be_indexed_by_progress():
     assert objective.progress == gj.Progress()
     assert [term.reads_progress() for term in objective.terms] == [False, True, True, True]
     assert gj.gompertz_objective(100).progress is None
+
+
+def test_malformed_parts_of_an_objective_are_told():
+    term = gj.student_alone().terms[0]
+    for changes, error, message in (
+        ({"terms": 3}, ValueError, "objective: terms must be a tuple of at least one Term, got 3"),
+        ({"terms": (term, "x")}, TypeError, "objective: a term must be a Term with a name and a loss, got 'x'"),
+        ({"terms": (term._replace(weight=0.5),)}, TypeError, "weight or schedule of the term 'ce' must be a function"),
+        ({"terms": (term._replace(schedules=[1]),)}, TypeError, "schedules of the term 'ce' must be schedules by name"),
+        ({"terms": (term._replace(gradient_stages=(1,)),)}, TypeError, "gradient_stages of the term 'ce' must be"),
+        ({"projections": 3}, TypeError, "objective: projections must be projections by name, got 3"),
+        ({"projections": {"last": gj.Projection}}, TypeError, "the projection 'last' must be one of"),
+        ({"progress": 3}, TypeError, "objective: progress must be a Progress with a function to measure, got 3"),
+    ):
+        with pytest.raises(error, match=message):
+            room.check_objective(gj.student_alone()._replace(**changes))
+    with pytest.raises(TypeError, match=r"the loss of the term 'ce' must return values, .* got None for the values"):
+        room.evaluate(gj.Objective((term._replace(loss=lambda record: None),)), record(), 0)
+    with pytest.raises(TypeError, match=r"what the schedule returns must be a real number .* got 'x'"):
+        room.evaluate(gj.Objective((term._replace(weight=lambda step: "x"),)), record(), 0)
+
+
+def test_a_record_of_outputs_that_do_not_fit_is_refused():
+    r = record()
+    with pytest.raises(ValueError, match=r"student, for labels \(2,\), must have logits of floats .* B = 2, got "):
+        record(labels=r.labels[:2])

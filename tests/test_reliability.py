@@ -12,11 +12,14 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import ROOT, config_source, differences, small_config, until
 from jax.experimental.compilation_cache import compilation_cache
 
+import gompertz_jax as gj
 from gompertz_jax.intact import fault
 from gompertz_jax.training import loop
 from gompertz_jax.training.checkpoint import Checkpoints
@@ -128,22 +131,33 @@ def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
 
 
 def test_a_compiled_program_that_a_kill_cut_short_is_compiled_again(tmp_path):
-    """Each function below is another one to JAX, and the same program to the cache."""
+    """Each training step made below is another one to JAX, and the same program to the cache."""
 
-    def program():
-        return jax.jit(lambda x: jax.numpy.sin(x) * 3 + 1)
+    def apply(params, stats, images, *, train, key=None):
+        pooled = jnp.tanh(images).mean((1, 2))
+        return gj.Outputs(pooled @ params, (images,), pooled), stats
+
+    student, teacher = (gj.Network(apply, jnp.eye(3) * scale, {}, 0.5, 0.25) for scale in (1.0, 2.0))
+    objective = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0)
+    batch = {"image": jnp.linspace(0.0, 1.0, 96).reshape(2, 4, 4, 3), "label": jnp.arange(2)}
+
+    def trained():
+        """What two steps from the beginning give."""
+        state = gj.init_state(student, optax.sgd(0.1), objective, (4, 4, 3))
+        step = gj.make_train_step(student, optax.sgd(0.1), objective, steps_per_dispatch=2)
+        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(step(state, teacher, batch))]
 
     directory = jax.config.jax_compilation_cache_dir
     try:
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        expected = program()(np.float32(0.5))
-        (entry,) = tmp_path.glob("jit__lambda*-cache")
+        expected = trained()
+        (entry,) = tmp_path.glob("jit_dispatch*-cache")
         for size in (entry.stat().st_size // 2, 0):
             with entry.open("r+b") as file:
                 file.truncate(size)
-            with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
-                assert program()(np.float32(0.5)) == expected
+            with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry for 'jit_dispatch'"):
+                assert trained() == expected
     finally:
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", directory)

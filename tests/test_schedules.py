@@ -268,6 +268,8 @@ ILLEGAL = [
     (lambda: gj.linear_schedule(10, since=-0.1), "since must be a fraction of at least 0, got -0.1"),
     (lambda: gj.linear_schedule(10, since=0.5, until=0.5), "until must be above since, got 0.5 and 0.5"),
     (lambda: gj.cosine_schedule(10, end=math.inf), "end must be a finite number, got inf"),
+    (lambda: gj.gompertz_schedule(10)(2**40), "step must lie within 32 bits, got an integer of 41 bits"),
+    (lambda: gj.reversed_schedule(gj.linear_schedule(10), 10)(np.int64(2**40)), "step must lie within 32 bits, got "),
     (lambda: gj.constant_schedule(math.nan), "value must be a finite number, got nan"),
     (lambda: gj.reversed_schedule(gj.constant_schedule(1.0), 0), "total_steps must be a positive integer, got 0"),
     (lambda: gj.mean_weight(gj.constant_schedule(1.0), 0), "total_steps must be a positive integer, got 0"),
@@ -295,6 +297,19 @@ def test_total_steps_must_be_an_integer():
     with pytest.raises(ValueError, match=r"total_steps must be a positive integer, got 12.5"):
         inspect.unwrap(gj.gompertz_schedule)(12.5)
     assert float(gj.linear_schedule(np.int64(4))(2)) == 0.5
+
+
+@pytest.mark.parametrize("step", ["x", None, 1j, np.array([None]), jax.random.key(0), [1, 2], object()])
+def test_a_step_is_a_number_or_an_array_of_numbers(step):
+    # The closures are annotated, too, so the suite's type checker is taken off.
+    curves = (gj.gompertz_schedule(9), gj.logistic_schedule(9), gj.linear_schedule(9), gj.cosine_schedule(9))
+    for curve in (*curves, gj.constant_schedule(1.0), gj.reversed_schedule(curves[0], 9)):
+        with pytest.raises(TypeError, match="step must be a real number or an array of real numbers, got "):
+            inspect.unwrap(curve)(step)
+    with pytest.raises(TypeError, match="step must be a real number"):
+        value_at(gj.by_progress(curves[0]), step, 0.5)
+    with pytest.raises(TypeError, match="progress must be a real number"):
+        value_at(gj.by_progress(curves[0]), 3, "x" if step is None else step)
 
 
 def test_no_array_is_captured():

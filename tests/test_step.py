@@ -550,6 +550,55 @@ def test_mistakes_are_told_before_tracing():
         step(state, None, batch())
 
 
+def test_what_a_step_cannot_take_is_told_by_its_place():
+    state, teacher, step = setup(gj.student_alone())
+    report, b = gj.make_gradient_report(linear_network(1), gj.student_alone()), batch()
+    short = b | {"label": b["label"][:2]}
+    for arguments, message in (
+        ((7, teacher, b), "state must be TrainState, got "),
+        ((state, b["image"], b), "teacher must be Network or None, got "),
+        ((state._replace(step="a"), teacher, b), r"state.step must be an array of numbers, got 'a'"),
+        (
+            (state._replace(step=jnp.zeros(2, jnp.int32)), teacher, b),
+            r"state.step must be int32 \(\), .*got int32 \(2,\)",
+        ),
+        ((state._replace(params=state.params | {"w": b["label"]}), teacher, b), r"state.params\['w'\] must be float32"),
+        (
+            (state._replace(stats={}), teacher, b),
+            r"state.stats must have the arrays .* differ at state.stats\['passes'\]",
+        ),
+        ((state, teacher, {"image": b["image"]}), "a batch must have 'image' and 'label', got 'image'"),
+        ((state, teacher, short), r"label must be integers, one per image, of the shape \(6,\), got int32 \(2,\)"),
+        ((state, teacher, b | {"image": np.array(["a"])}), r"\['image'\] must be an array of numbers, got array"),
+        ((state, teacher, {1: 2, "a": 3}), "must be a tree of arrays, got one that has no order"),
+    ):
+        for function in (step, report):
+            with pytest.raises((TypeError, ValueError), match=message):
+                function(*arguments)
+    with pytest.raises(ValueError, match=r"state.opt_state must have the arrays"):
+        step(state._replace(opt_state=()), teacher, b)
+    evaluate, labels = gj.make_eval_step(), b["label"]
+    for arguments, message in (
+        ((b["image"], b["image"], labels), "network must be Network, got "),
+        ((teacher, b["image"], labels[:2]), "images and labels must be as many, got 6 and 2"),
+        ((teacher, b["image"], labels * 1.0), r"labels must be an array of integers \[labels\]"),
+        ((teacher, b["image"], 2**70), "labels must be an array of integers"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            evaluate(*arguments)
+    step(state, teacher, b)
+    with pytest.raises(ValueError, match=r"state.step was donated to an earlier call: pass on what that call returned"):
+        step(state, teacher, b)
+
+
+def test_a_state_for_another_teacher_is_refused():
+    objective, optimizer = gj.gompertz_objective(10, gradient_weight=0.0), optax.sgd(0.1)
+    student, narrow, wide = linear_network(1), hidden_network(2, width=5), hidden_network(2, width=7)
+    state = gj.init_state(student, optimizer, objective, SHAPE, teacher=narrow)
+    with pytest.raises(ValueError, match=r"state.projections\['last'\]\['bias'\] must be float32 \(7,\)"):
+        gj.make_train_step(student, optimizer, objective)(state, wide, batch())
+
+
 def test_a_plain_loop_over_make_train_step_learns():
     """The notebook's way: no shell, no files, a network of the zoo."""
     teacher = gj.models.create("resnet8", num_classes=CLASSES, key=jax.random.key(0), in_channels=2)
@@ -592,7 +641,7 @@ def test_progress_and_skipping_the_teacher_exclude_each_other():
     objective = gj.gompertz_objective(50, curve=gj.by_progress(gj.gompertz_schedule(1)))
     with pytest.raises(ValueError, match="cannot measure the student's progress"):
         setup(objective, skip_below=0.1)
-    with pytest.raises(ValueError, match=r"progress.decay must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"progress.decay must be in \[0, 1\), got 1.0"):
         setup(objective._replace(progress=gj.Progress(decay=1.0)))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._numerics import checked, compute_dtype, cosine_distance, positive_count, raised
+from .._numerics import checked, compute_dtype, cosine_distance, positive_count, raised, shown
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
 LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch classes"]]
@@ -49,13 +49,17 @@ def input_gradient(
     References:
       Simonyan, Vedaldi and Zisserman, Deep Inside Convolutional Networks, 2014, https://arxiv.org/abs/1312.6034.
     """
+    return _score_gradient("score_fn", score_fn, images)
+
+
+def _score_gradient(name: str, score_fn: ScoreFn, images: Array) -> Array:
     (images,) = raised(images)
 
     def total_score(images: Array) -> Array:
-        (scores,) = _raised("score_fn", score_fn(images))
+        (scores,) = _raised(name, score_fn(images))
         if scores.shape != images.shape[:1]:
             raise ValueError(
-                f"score_fn must return one score per image, shape {images.shape[:1]}, got shape {scores.shape}"
+                f"{name} must return one score per image, shape {images.shape[:1]}, got shape {scores.shape}"
             )
         return jnp.sum(scores)
 
@@ -206,8 +210,9 @@ def gradient_matching(
       Gompertz-CNN, 2025, https://arxiv.org/abs/2510.21649.
     """
     _check_kind(kind)
-    teacher_gradient = jax.lax.stop_gradient(input_gradient(teacher_score_fn, images))
-    return gradient_distance(input_gradient(student_score_fn, images), teacher_gradient, kind=kind)
+    teacher_gradient = jax.lax.stop_gradient(_score_gradient("teacher_score_fn", teacher_score_fn, images))
+    student_gradient = _score_gradient("student_score_fn", student_score_fn, images)
+    return gradient_distance(student_gradient, teacher_gradient, kind=kind)
 
 
 @checked
@@ -533,7 +538,7 @@ def _logits(name: str, logits_fn: LogitsFn, images: Array) -> Array:
 
 def _raised(name: str, returned: Any) -> tuple[Array, ...]:
     if not isinstance(returned, jax.Array) or not jnp.issubdtype(returned.dtype, jnp.floating):
-        raise TypeError(f"{name} must return an array of floats, got {returned!r:.200}")
+        raise TypeError(f"{name} must return an array of floats, got {shown(returned)}")
     return raised(returned)
 
 

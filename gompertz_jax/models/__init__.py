@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._numerics import checked, positive_count
+from .._numerics import LARGEST_COUNT, checked, finite_number, positive_count, shown
 from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
 from .layers import Draws
@@ -156,17 +156,21 @@ def create(
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"name: unknown network {name!r}; {hint}known names: {', '.join(_RECIPES)}")
     defaults = _RECIPES[name].options
-    for option in options:
+    for option, value in options.items():
         if option not in defaults:
             legal = ", ".join(defaults) or "none"
-            raise ValueError(f"{option}: {name} has no such option (got {options[option]!r}); its options: {legal}")
+            raise ValueError(f"{option}: {name} has no such option (got {shown(value)}); its options: {legal}")
+        if not isinstance(defaults[option], str):
+            options[option] = finite_number(option, value)
+        elif not isinstance(value, str):
+            raise TypeError(f"{option} must be a word such as {defaults[option]!r}, got {shown(value)}")
     if positive_count("num_classes", num_classes) < 2:
         raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
     num_classes, in_channels = int(num_classes), positive_count("in_channels", in_channels)
     try:
         dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype!r:.200}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"dtype must be a floating dtype such as float32 or bfloat16, got {shown(dtype)}") from error
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name!r}")
     chosen = tuple(sorted({**defaults, **options}.items()))
@@ -179,6 +183,7 @@ def create(
     return Network(apply, params, stats, jnp.asarray(mean), jnp.asarray(std))
 
 
+@checked
 def from_card(card: Mapping[str, Any]) -> Network:
     """The network that a card describes, as shapes: nothing is drawn or compiled.
 
@@ -192,6 +197,7 @@ def from_card(card: Mapping[str, Any]) -> Network:
       ValueError: a key is missing, or `create` refuses what it says.
     """
     try:
+        mean, std = (tuple(card[name]) for name in ("mean", "std"))
         shapes = jax.eval_shape(
             lambda key: create(
                 card["model"],
@@ -199,15 +205,15 @@ def from_card(card: Mapping[str, Any]) -> Network:
                 key=key,
                 dtype=card["dtype"],
                 in_channels=card["in_channels"],
-                mean=tuple(card["mean"]),
-                std=tuple(card["std"]),
+                mean=mean,
+                std=std,
                 **card["options"],
             ),
             jax.random.key(0),
         )
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise ValueError(f"the card lacks a key, or one has a value of the wrong kind: {error}") from error
-    return shapes.replace(mean=np.asarray(card["mean"], np.float32), std=np.asarray(card["std"], np.float32))
+    return shapes.replace(mean=np.asarray(mean, np.float32), std=np.asarray(std, np.float32))
 
 
 def read_card(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -216,11 +222,15 @@ def read_card(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       ValueError: no network is there, or its card cannot be read.
     """
-    path = Path(directory).expanduser() / CARD
-    if not path.is_file():
+    try:
+        path = Path(directory).expanduser() / CARD
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is not known
+        raise ValueError(f"directory {shown(directory)} cannot be read: {error}") from error
+    if not found:
         raise ValueError(
-            f"{path.parent} holds no trained network (no {CARD}): give the workdir of a finished run, its 'teacher' "
-            "folder, or what import-torch wrote"
+            f"directory {path.parent} holds no trained network (no {CARD}): give the workdir of a finished run, its "
+            "'teacher' folder, or what import-torch wrote"
         )
     try:
         return json.loads(path.read_text())
@@ -228,6 +238,7 @@ def read_card(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); restore it from a copy") from error
 
 
+@checked
 def load(
     directory: str | os.PathLike[str], *, abstract: bool = False, sharding: jax.sharding.Sharding | None = None
 ) -> Network:
@@ -244,8 +255,8 @@ def load(
     Raises:
       ValueError: no network is there, it is damaged, or it does not fit its card.
     """
-    directory = Path(directory).expanduser().absolute()
     card = read_card(directory)
+    directory = Path(directory).expanduser().absolute()
     try:
         shapes = from_card(card)
     except ValueError as error:
@@ -279,6 +290,11 @@ def _functional(
     build = functools.partial(_RECIPES[name].build, num_classes=num_classes, in_channels=in_channels, **dict(options))
     counted = Draws()
     graphdef, *_ = nnx.split(nnx.eval_shape(lambda: build(draws=counted)), nnx.Param, nnx.BatchStat)
+    if counted.used > LARGEST_COUNT:
+        raise ValueError(
+            f"num_classes={num_classes} and in_channels={in_channels} give {name} {counted.used:,} parameters, "
+            "more than 32 bits count"
+        )
 
     def apply(
         params: PyTree,
@@ -312,7 +328,7 @@ def _per_channel(argument: str, value: ArrayLike | Sequence[float], channels: in
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{argument} must be a number or one for each channel, got {value!r:.200}") from error
+        raise TypeError(f"{argument} must be a number or one for each channel, got {shown(value)}") from error
     if array.shape not in ((), (channels,)) or not np.isfinite(array).all():
         raise ValueError(f"{argument} must be a finite number or one for each of {channels} channels, got {value!r}")
     return array
