@@ -42,8 +42,9 @@ def check_outputs(name: str, outputs: Any, batch: int) -> None:
     forms = [("logits", "[B, K]", 2, outputs.logits), ("pooled", "[B, d]", 2, outputs.pooled)]
     forms += [(f"features[{index}]", "[B, h, w, c]", 4, stage) for index, stage in enumerate(outputs.features)]
     for part, form, axes, array in forms:
-        shape, dtype = getattr(array, "shape", ()), getattr(array, "dtype", None)
-        if len(shape) != axes or shape[0] != batch or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
+        shape: tuple[int, ...] = getattr(array, "shape", ())
+        floats = jnp.issubdtype(getattr(array, "dtype", bool), jnp.floating)
+        if len(shape) != axes or shape[:1] != (batch,) or 0 in shape or not floats:
             got = f"{array.dtype} {array.shape}" if hasattr(array, "shape") else shown(array)
             raise ValueError(f"{name} must have {part} of floats {form}, not empty, with B = {batch}, got {got}")
 
