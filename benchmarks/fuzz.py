@@ -71,8 +71,16 @@ ATOMS += ["gompertz(**{})", "linear(start=10**9)", "[1]", "lambda: 1", "__import
 ATOMS += ["(" * 200, "-" * 3000 + "1", "1*" * 3000 + "1", "9" * 5000, "\0", "\ud800", "ａ", "linear(start=True)"]
 WRAPPED = ["{}", "reversed({})", "matched({})", "progress({})", "0.5 * {}", "{} * {}", "{} + 1", "{}()"]
 SCHEDULES = st.builds(lambda form, one, two: form.format(one, two), *map(st.sampled_from, (WRAPPED, ATOMS, ATOMS)))
+PLACES = ["~nobody-of-that-name", "x" * 300, "x/" * 3000, "/dev/null", "folder:~nobody-of-that-name"]
+PLACES += ["arrays:" + "x" * 300, "folder:\0", "arrays:/dev/null", "folder:", "arrays:"]
 VALUES = st.one_of(
-    st.sampled_from(NUMBERS), st.sampled_from(OTHERS), SCHEDULES, st.text(max_size=8), st.floats(), st.integers()
+    st.sampled_from(NUMBERS),
+    st.sampled_from(OTHERS),
+    st.sampled_from(PLACES),
+    SCHEDULES,
+    st.text(max_size=8),
+    st.floats(),
+    st.integers(),
 )
 OPTIONS = sorted({name for loss in LOSSES.values() for name in inspect.signature(loss.term).parameters} - {"record"})
 WORDS = ["loss", "weight", "every_k_steps", "width", "stem", "student_stage", "teacher_stage", "hidden", *OPTIONS]

@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     pooled: Float[Array, "batch _"]
 
 
-def check_outputs(name: str, outputs: Any, batch: int) -> None:
+def check_outputs(name: str, outputs: Any, batch: Any) -> None:
     """Refuse what is not a network's outputs on a batch of so many images.
 
     Raises:
@@ -164,7 +164,7 @@ class Network:
             ) from error
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TypeError(f"this network's apply must return (Outputs, stats), got {shown(returned)}")
-        check_outputs("what this network's apply returns first", returned[0], len(images))
+        check_outputs("what this network's apply returns first", returned[0], images.shape[0])
         return returned
 
     def replace(self, **changes: Any) -> "Network":

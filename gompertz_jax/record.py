@@ -126,7 +126,7 @@ class Record:
         check_fields(self)
         for name in ("student", "teacher"):
             if getattr(self, name) is not None:
-                check_outputs(f"{name}, for labels {self.labels.shape},", getattr(self, name), len(self.labels))
+                check_outputs(f"{name}, for labels {self.labels.shape},", getattr(self, name), self.labels.shape[0])
 
     def taught(self) -> Outputs:
         """The teacher's outputs.

@@ -76,6 +76,9 @@ def test_the_methods_name_every_loss_that_is_published(monkeypatch):
         ({"objective.curve": "gompetz()"}, "objective.curve"),
         ({"objective.skip_below": -0.1}, "objective.skip_below = -0.1"),
         ({"data.placement": "gpu"}, "data.placement = 'gpu': must be auto, device or host"),
+        ({"teacher.dir": "x" * 300}, "teacher.dir = 'xxx.*: is no path: File name too long"),
+        ({"data.name": "folder:~nobody-of-that-name/a"}, "data.name = .*~nobody.*: is no path"),
+        ({"init_from": "\0"}, "init_from = .*: is no path"),
         ({"data.device_fraction": 25.0}, "data.device_fraction = 25.0: is a fraction"),
     ],
 )

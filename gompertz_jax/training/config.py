@@ -1,7 +1,9 @@
 """What a run is made of: every key with its default and meaning, and the checks that need no data."""
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -211,6 +213,17 @@ def check_values(key: str, value: Any) -> None:
         raise RunError(f"{key} is an integer of {value.bit_length()} bits: must lie within 64")
 
 
+def check_place(key: str, place: str) -> None:
+    """Refuse a path that the system cannot even look for; whether something is there is asked where it is needed."""
+    try:
+        os.stat(Path(place).expanduser() / "teacher" / "network.json")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null in it, a user without a home
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{key} = {place!r:.200}: is no path: {reason}") from None
+
+
 def check(config: Config) -> None:
     """Refuse a config whose values cannot be right, before anything is loaded or computed."""
     from ..models import names
@@ -222,6 +235,14 @@ def check(config: Config) -> None:
     for key, value in _leaves(config.to_dict()):
         check_values(key, value)
     check_name(config.data.name)
+    for key, place in (
+        ("data.name", config.data.name.partition(":")[2]),
+        ("data.data_dir", config.data.data_dir),
+        ("init_from", config.init_from),
+        ("teacher.dir", config.teacher.dir),
+        ("compilation_cache", config.compilation_cache),
+    ):
+        check_place(key, place)
     if config.data.image_size < 0:
         raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")
     for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
