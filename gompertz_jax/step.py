@@ -468,14 +468,15 @@ def make_train_step(
       >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
       >>> teacher = gj.models.create("resnet8", num_classes=10, key=jax.random.key(0))
       >>> student = gj.models.create("resnet8", num_classes=10, key=jax.random.key(1))
-      >>> objective, optimizer = gj.gompertz_objective(total_steps=100), optax.sgd(0.1)
+      >>> objective = gj.gompertz_objective(total_steps=100, gradient_weight=0.0, wasserstein_weight=0.0)
+      >>> optimizer = optax.sgd(0.1)
       >>> state = gj.init_state(student, optimizer, objective, (8, 8, 3), teacher=teacher)
       >>> train_step = gj.make_train_step(student, optimizer, objective)
       >>> batch = {"image": jnp.linspace(0, 1, 4 * 8 * 8 * 3).reshape(4, 8, 8, 3), "label": jnp.arange(4)}
       >>> for _ in range(3):
       ...     state, metrics = train_step(state, teacher, batch)
       >>> int(state.step), sorted(name for name in metrics if name.endswith("raw"))
-      (3, ['ce/raw', 'gradient/raw', 'kd/raw', 'wasserstein/raw'])
+      (3, ['ce/raw', 'kd/raw'])
     """
     check_objective(objective)
     check_optimizer(optimizer)
