@@ -42,10 +42,10 @@ def check_outputs(name: str, outputs: Any, batch: Any) -> None:
     forms = [("logits", "[B, K]", 2, outputs.logits), ("pooled", "[B, d]", 2, outputs.pooled)]
     forms += [(f"features[{index}]", "[B, h, w, c]", 4, stage) for index, stage in enumerate(outputs.features)]
     for part, form, axes, array in forms:
-        shape: tuple[int, ...] = getattr(array, "shape", ())
-        floats = jnp.issubdtype(getattr(array, "dtype", bool), jnp.floating)
-        if len(shape) != axes or shape[:1] != (batch,) or 0 in shape or not floats:
-            got = f"{array.dtype} {array.shape}" if hasattr(array, "shape") else shown(array)
+        shape: tuple[Any, ...] = getattr(array, "shape", ())
+        dtype: Any = getattr(array, "dtype", None)
+        if len(shape) != axes or shape[0] != batch or 0 in shape or not jnp.issubdtype(dtype, jnp.floating):
+            got = shown(array) if dtype is None else f"{dtype} {shape}"
             raise ValueError(f"{name} must have {part} of floats {form}, not empty, with B = {batch}, got {got}")
 
 
