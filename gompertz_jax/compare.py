@@ -49,7 +49,7 @@ from .training.sharding import check_batch, data_mesh, on_main, replicate, say, 
 from .training.stop import Stop
 from .training.teacher import network_from, network_shapes, read_card
 from .training.workdir import check_data, claim_workdir, frozen, provenance, sole_use
-from .training.writer import METRICS, read_metrics, write_json
+from .training.writer import METRICS, read_metrics, replace_text, write_json
 
 RESULTS = "results.json"
 STUDENT = "student"  # the arm without a teacher, which every comparison has
@@ -69,7 +69,7 @@ def compare(
     Args:
       config: what is common to all arms: data, networks, recipe, teacher.
       workdir: where everything is kept; a comparison that is there is continued.
-      arms: name -> config, whose objective is the arm's; see `arm` and `arms_of_names`.
+      arms: name -> config, whose objective is the arm's; `arm` makes one by its name.
       seeds: how many, from the config's `seed` on.
       baseline: the arm that the others are compared with; "": `matched` where it is among the arms, else `student`.
       layout: see `gompertz_jax.students.over_students`.
@@ -104,7 +104,7 @@ def _conclude(workdir: Path, results: dict[str, Any], baseline: str) -> dict[str
     results = results | {"comparison": report.compared(results, baseline)}
     text = report.as_markdown(results)
     report.save(report.comparison_figure(results), workdir / "comparison.png")
-    (workdir / "results.md").write_text(text)
+    replace_text(workdir / "results.md", text)
     write_json(workdir / RESULTS, results)
     say(f"{text}\nfiles     {workdir}/ {RESULTS}, results.md, comparison.png, metrics.jsonl, checkpoints/, teacher/")
     return results
