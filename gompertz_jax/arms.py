@@ -61,8 +61,8 @@ ARMS: Mapping[str, Arm] = {
     "budget": Arm(
         "soft targets, the weights' sum fixed: (1 - 0.9 G) CE + 0.9 G KD",
         SCORES,
-        "{curve}",
-        *("1 - 0.9 * curve", "0.9 * curve"),
+        cross_entropy="1 - 0.9 * curve",
+        scores="0.9 * curve",
     ),
     "transport": Arm("soft targets and transport under the curve", SCORES | TRANSPORT),
     "gradients": Arm("soft targets and gradient matching under the curve", SCORES | GRADIENTS),

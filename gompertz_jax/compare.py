@@ -18,9 +18,10 @@ from . import report
 from .arms import ARMS, GRADIENTS, SCORES, TRANSPORT, Arm
 from .network import Network
 from .objective import Objective
+from .preview import read
 from .projections import measure_teacher
 from .schedules import ByProgress
-from .step import HEALTHY, TrainState, init_state, make_eval_step, output_shapes
+from .step import HEALTHY, TrainState, init_state, make_eval_step
 from .students import LAYOUTS, Group, Students, arms_of, grouped, make_comparison_step, over_students, stacked
 from .training import config as config_module
 from .training import preflight
@@ -44,7 +45,6 @@ from .training.fit import (
 from .training.loop import Teacher, finished, obtain_teacher, order_seed, student_seed, teacher_shapes
 from .training.objectives import build_objective, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
-from .training.preflight import stored_parts
 from .training.sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, network_shapes, read_card
@@ -228,7 +228,7 @@ class Trained(NamedTuple):
     dataset: Dataset
     teacher: Teacher | None
     plan: Plan
-    objectives: Mapping[str, Objective]
+    schedules: Mapping[str, Any]
     mesh: Mesh
 
     def results(self, workdir: Path, tested: Tested | None = None) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Trained(NamedTuple):
             name: {
                 "about": ARMS[name].about if name in ARMS else "the objective of a config",
                 "objective": trial.content["arms"][name],
-                "schedules": schedule_rows(self.objectives[name], trial.config, self.plan.steps),
+                "schedules": self.schedules[name],
                 "students": [],
             }
             for name in trial.arms
@@ -325,11 +325,8 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
         for group in groups
     ]
     say(max(described, key=len))
-    say(
-        report.schedules_as_text(
-            {name: schedule_rows(objective, config, plan.steps) for name, objective in objectives.items()}
-        )
-    )
+    schedules = {name: schedule_rows(objective, config, plan.steps) for name, objective in objectives.items()}
+    say("\n".join(report.text_table(report.schedule_table(schedules))))
     networks = [network_from(content["student"], dataset, seed=student_seed(seed)) for seed in trial.seeds]
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
     keep_compiled(config.compilation_cache)
@@ -356,7 +353,7 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
         stop=stop,
         views=config.teacher.cache.views,
     )
-    return Trained(trial, students, networks[0], groups, driven, dataset, teacher, plan, objectives, mesh)
+    return Trained(trial, students, networks[0], groups, driven, dataset, teacher, plan, schedules, mesh)
 
 
 def _program(
@@ -451,15 +448,11 @@ def _program(
             for student in students
         ]
 
-    def parts(teacher: Network) -> tuple[str, ...]:
-        image = data.images.shape[1:]
-        ours, theirs = (output_shapes(net, image, batch_size=config.recipe.batch_size) for net in (network, teacher))
-        read = {part for group in groups for part in stored_parts(group.objectives[0], ours, theirs, image)}
-        return tuple(sorted(read))
-
     states = tuple(stacked([s for objective in group.objectives for s in begun(objective)]) for group in groups)
     best = tuple(jax.vmap(Best.none)(group) for group in states)
-    return Program(Students(jnp.zeros((), jnp.int32), states), best, measured, make_step, make_surveys, told, parts)
+    kinds = tuple(group.objectives[0] for group in groups)
+    students_at = Students(jnp.zeros((), jnp.int32), states)
+    return Program(students_at, best, measured, make_step, make_surveys, told, network, kinds)
 
 
 def tested(trained: Trained) -> Tested:
@@ -506,12 +499,13 @@ def schedule_rows(objective: Objective, config: Config, steps: int) -> dict[str,
     rows = {}
     for term in objective.terms:
         values = sampled(term.weight, steps).astype(np.float64)
+        reading = read(values, rates)
         rows[term.name] = {
             "start": float(values[0]),
             "middle": float(values[len(values) // 2]),
             "end": float(values[-1]),
-            "area": float(values.mean()),
-            "weighted_area": float((values * rates).sum() / rates.sum()),
+            "area": reading.area,
+            "weighted_area": reading.weighted_area,
             "by_progress": isinstance(term.weight, ByProgress),
             "curve": [float(value) for value in values[np.linspace(0, steps - 1, min(steps, 101)).astype(int)]],
         }

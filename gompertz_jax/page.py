@@ -41,7 +41,7 @@ def write(workdir: Path, out: Path) -> None:
         body = _comparison(read_json(workdir / "results.json"), lines)
     elif (workdir / "config.json").exists():
         result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
-        body = _run(result, read_json(workdir / "config.json"), lines, workdir)
+        body = _run(result, read_json(workdir / "config.json"), lines)
     else:
         raise RunError(f"{workdir} holds no run and no comparison: give the --workdir of one")
     title = html.escape(workdir.absolute().name)
@@ -54,7 +54,7 @@ def write(workdir: Path, out: Path) -> None:
 
 
 def _run(
-    result: Mapping[str, Any] | None, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], workdir: Path
+    result: Mapping[str, Any] | None, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
 ) -> Iterable[str]:
     if result is None:
         steps = max((line["step"] for line in lines), default=0)
@@ -115,12 +115,9 @@ def _telemetry_figure(
         label = f"{arm}: {term}" if arm else term
         panels[name].plot(steps, [float(np.mean(at[step])) for step in steps], label=label, linewidth=1)
     for name, axes in panels.items():
-        axes.set(title=name.replace("_", " "), xlabel="step")
-        axes.grid(alpha=0.25)
         if name in ("gradient_norm", "marginal_error"):
             axes.set_yscale("log")
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7)
+        report.finish(axes, name.replace("_", " "), "step", legend=7)
     return figure
 
 

@@ -148,9 +148,7 @@ def as_text(shown: Preview) -> str:
         numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
         steepest = "" if reading.steepest is None else f"at {reading.steepest:.1%}"
         rows.append((name, *numbers, reading.direction, steepest))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines += report.text_table(rows)
     lines += ["", "mean: over all steps; by rate: weighted by the learning rate"]
     return "\n".join([*lines, *(f"warning: {text}" for text in shown.warnings)])
 
@@ -190,7 +188,6 @@ def plot(shown: Preview, path: Path) -> None:
     axes = figure.subplots()
     for name, values in shown.values.items():
         axes.plot(np.linspace(0, 100, len(values)), values, label=name, linestyle="--" if name == "curve" else "-")
-    axes.set(xlabel="% of training", ylabel="value", title="schedules")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.set_ylabel("value")
+    report.finish(axes, "schedules", "% of training", legend=8)
     report.save(figure, path)

@@ -51,6 +51,14 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
+    """What every panel has: a title, a grid, and a legend of this size where there is something to tell."""
+    axes.set(title=title, xlabel=xlabel)
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=legend)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a picture as PNG, whole or not at all."""
     temporary = path.with_suffix(".partial.png")
@@ -75,10 +83,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Any:
             accuracy.plot([line["step"] for line in held_out], [line[key] for line in held_out], label=label)
     terms.set_yscale("symlog", linthresh=1e-2)
     for axes, title in ((weights, "weight of each term"), (terms, "weighted terms"), (accuracy, "accuracy")):
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
+        finish(axes, title, "step", legend=8)
     return figure
 
 
@@ -140,6 +145,12 @@ def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[st
         ps = ("" if difference[key] is None else f"{difference[key]:.3f}" for key in ("p", "p_holm"))
         rows.append((*cells, _percent(difference["mean"], sign=True), f"{low} to {high}" if low else "", *ps))
     return rows
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -212,15 +223,6 @@ def schedule_table(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     return rows
 
 
-def schedules_as_text(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The same for a terminal."""
-    rows = schedule_table(schedules)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
 def _most_common_term(results: Mapping[str, Any]) -> str:
     """The distillation term of most arms, whose weight is worth a picture; of several the last by name."""
     counts: dict[str, int] = {}
@@ -260,10 +262,7 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
         (weights, f"weight of the term {shown!r}", "fraction of training"),
         (points, "test accuracy after the last step, every seed", "accuracy"),
     ):
-        axes.set(title=title, xlabel=label)
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7)
+        finish(axes, title, label, legend=7)
     figure.suptitle(
         f"{results['teacher']} -> {results['student']}, {results['dataset']}; baseline {comparison['baseline']}"
     )

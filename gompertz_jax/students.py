@@ -73,23 +73,17 @@ def _schedules(term: Term) -> list[tuple[str, Any]]:
     return [("", term.weight), *term.schedules.items()]
 
 
+def _computes(term: Term) -> tuple[Any, ...]:
+    """What a term computes, whatever it is called and by whatever schedules: equal for equal losses and options."""
+    loss: Any = term.loss
+    if isinstance(loss, partial):
+        loss = loss.func, repr(loss.args), repr(sorted(loss.keywords.items()))
+    return loss, term.distils, term.every_k_steps, term.gradient_stages
+
+
 def _shape(objective: Objective) -> tuple[Any, ...]:
     """What two objectives of one group have in common: all but the schedules."""
-
-    def of_loss(loss: Any) -> Any:
-        return (loss.func, repr(loss.args), repr(sorted(loss.keywords.items()))) if isinstance(loss, partial) else loss
-
-    terms = tuple(
-        (
-            term.name,
-            of_loss(term.loss),
-            tuple(sorted(term.schedules)),
-            term.distils,
-            term.every_k_steps,
-            term.gradient_stages,
-        )
-        for term in objective.terms
-    )
+    terms = tuple((term.name, tuple(sorted(term.schedules)), *_computes(term)) for term in objective.terms)
     return terms, repr(sorted(objective.projections.items())), objective.progress
 
 
@@ -153,7 +147,7 @@ def teach_all(
     known: dict[Any, PyTree] = {}
 
     def part(term: Term) -> PyTree:
-        identity = _shape(Objective((term._replace(name="", schedules={}),)))
+        identity = _computes(term)
         if identity not in known:
             assert term.of_teacher is not None
             compute = partial(term.of_teacher, taught)

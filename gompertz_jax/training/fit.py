@@ -110,10 +110,11 @@ class Program(NamedTuple):
       state: before the first step; has a `step`.
       best: before any evaluation, see `Best`.
       measured: `(state, teacher) -> state`, what is measured of the teacher once, before the first step.
-      make_step: `(feed, rate) -> step`, the compiled training step.
+      make_step: `(feed) -> step`, the compiled training step.
       make_survey: `(feed) -> survey`, what is queued behind a dispatch that is to be evaluated, see `make_survey`.
       students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
-      stored_parts: what of a teacher's outputs is read, where only stored ones can be.
+      network: whose outputs have the shapes of every student's.
+      objectives: of all students, each kind once.
     """
 
     state: Any
@@ -122,7 +123,8 @@ class Program(NamedTuple):
     make_step: Callable[[Feed], Any]
     make_survey: Callable[[Feed], Any]
     students: "Callable[[Any], Iterable[Told]]"
-    stored_parts: Callable[[Network], tuple[str, ...]]
+    network: Network
+    objectives: tuple[Objective, ...]
 
 
 class Told(NamedTuple):
@@ -229,11 +231,6 @@ def fit(
         batches = min(config.logging.term_gradients, plan.steps_per_dispatch)
         return jax.jit(make_survey(network, objective, feed, report_batches=batches, seed=order_seed, mesh=mesh))
 
-    def parts(teacher: Network) -> tuple[str, ...]:
-        image = data.images.shape[1:]
-        ours, theirs = (output_shapes(net, image, batch_size=recipe.batch_size) for net in (network, teacher))
-        return stored_parts(objective, ours, theirs, image)
-
     def alone(metrics: Any) -> list[Told]:
         return [Told({}, objective, metrics)]
 
@@ -241,7 +238,7 @@ def fit(
         config,
         recipe,
         plan,
-        Program(state, Best.none(state), measured, make_step, survey_of, alone, parts),
+        Program(state, Best.none(state), measured, make_step, survey_of, alone, network, (objective,)),
         label=label,
         workdir=workdir,
         teacher=teacher,
@@ -313,11 +310,14 @@ def drive(
 
         outputs = {}
         if views and teacher is not None and step < plan.steps:
+            image, networks = data.images.shape[1:], (program.network, teacher)
+            ours, theirs = (output_shapes(network, image, batch_size=recipe.batch_size) for network in networks)
+            parts = {part for o in program.objectives for part in stored_parts(o, ours, theirs, image)}
             outputs = stored_outputs(
                 workdir / OUTPUTS,
                 teacher,
                 data,
-                parts=program.stored_parts(teacher),
+                parts=sorted(parts),
                 views=views,
                 seed=order_seed,
                 augment=config.augment,

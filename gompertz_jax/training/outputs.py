@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from ..data_parallel import COPIED, spread_batch
+from ..data_parallel import spread_batch
 from ..intact import fault
 from ..network import Network
-from ..step import output_shapes
+from ..step import copied, output_shapes
 from .augment import augmented_view
 from .checkpoint import load_arrays, save_arrays
 from .config import Config, differing_keys
@@ -81,7 +81,7 @@ def stored_outputs(
             save_arrays(directory / str(view), replicate(of_view(view), mesh))
     # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
     by_view = [load_arrays(directory / str(view), template) for view in range(views)]
-    stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), out_shardings=_copied(mesh))
+    stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), out_shardings=copied(mesh))
     return stack(by_view)
 
 
@@ -117,7 +117,7 @@ def asked(
     count, teacher = len(data.labels), replicate(teacher, mesh)
     size = -(-min(_BATCH, count) // mesh.size) * mesh.size
 
-    @partial(jax.jit, out_shardings=_copied(mesh))
+    @partial(jax.jit, out_shardings=copied(mesh))
     def outputs_of(teacher: Network, images: jax.Array, index: jax.Array, view: jax.Array) -> dict[str, jax.Array]:
         seen = augmented_view(images, index, view, seed=seed, padding=augment.padding, flip=augment.flip)
         outputs = teacher.forward(spread_batch({"image": seen}, mesh)["image"], train=False)[0]
@@ -134,7 +134,3 @@ def asked(
         return computed
 
     return of_view
-
-
-def _copied(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, COPIED)
