@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from gompertz_jax.training.data import DataError, load
@@ -55,6 +56,25 @@ def test_larger_validation_contains_the_smaller():
     assert set(rows(small)) <= set(rows(large))
 
 
+def test_fewer_training_images_are_a_part_of_more_and_hold_the_same_ones_out():
+    small, large, whole = (load("digits", validation=200, train_images=size) for size in (100, 300, 0))
+    assert [len(data.train.labels) for data in (small, large, whole)] == [100, 300, 1238]
+    assert set(rows(small.train)) <= set(rows(large.train)) <= set(rows(whole.train))
+    assert rows(small.validation) == rows(whole.validation)
+    scaled = small.train.images.astype(np.float64) / 255
+    np.testing.assert_allclose(small.mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    assert len(load("digits", validation=0, train_images=50).train.labels) == 50
+
+
+def test_every_image_is_brought_to_the_asked_side():
+    data, asis = (load("digits", validation=100, image_size=side) for side in (4, 0))
+    for part, whole in ((data.train, asis.train), (data.validation, asis.validation), (data.test(), asis.test())):
+        assert part.images.shape == (len(whole.labels), 4, 4, 1) and part.images.dtype == np.uint8
+        np.testing.assert_array_equal(part.labels, whole.labels)
+        expected = [np.asarray(Image.fromarray(image[..., 0]).resize((4, 4), Image.LANCZOS)) for image in whole.images]
+        np.testing.assert_array_equal(part.images[..., 0], expected)
+
+
 def test_statistics_are_of_the_training_part():
     data = load("digits", validation=500)
     scaled = data.train.images.astype(np.float64) / 255
@@ -75,6 +95,9 @@ def test_statistics_are_of_the_training_part():
         ({"validation": 1438}, "validation = 1,438: must leave some of the 1,438 training images of digits"),
         ({"validation": 10**9}, "must leave some of the 1,438"),
         ({"split_seed": -1}, "split_seed = -1: must not be negative"),
+        ({"train_images": -1}, "train_images = -1: must not be negative; 0 takes all"),
+        ({"train_images": 1400, "validation": 100}, "train_images = 1,400: digits has 1,438 training images"),
+        ({"image_size": -4}, "image_size = -4: must not be negative"),
         ({"num_classes": 100}, "num_classes = 100: digits has 10; set it to 10"),
     ],
 )

@@ -57,7 +57,8 @@ def get_default() -> Config:
             "order_seed": -1,  # of data order, augmentation and what losses draw, if another than `seed`; -1: `seed`
             "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits", "folder:PATH", "arrays:FILE.npz", "tfds:NAME"
-                "image_size": 0,  # of one's own images: the side they are brought to; 0: they are of one size
+                "image_size": 0,  # the side that images are brought to; 0: as they are, all of one size
+                "train_images": 0,  # how many to train on, of those that are not held out; 0: all
                 "data_dir": "",  # where TFDS keeps data sets; "": its own default
                 "validation": 5000,  # images held out of the training set to select by; 0: none, the last step counts
                 "split_seed": 0,  # which images those are
@@ -243,6 +244,8 @@ def check(config: Config) -> None:
         ("compilation_cache", config.compilation_cache),
     ):
         check_place(key, place)
+    if config.data.train_images < 0:
+        raise RunError(f"data.train_images = {config.data.train_images}: must not be negative; 0 takes all")
     if config.data.image_size < 0:
         raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")
     for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):

@@ -60,6 +60,7 @@ def load(
     validation: int,
     split_seed: int = 0,
     image_size: int = 0,
+    train_images: int = 0,
     num_classes: int | None = None,
 ) -> Dataset:
     """Read the training images of a data set and hold some of them out.
@@ -76,7 +77,9 @@ def load(
       validation: training images to hold out; 0 for none.
       split_seed: which ones. The choice is a function of the seed, the number of images and nothing else: it ranks the
         raw output of NumPy's PCG64, whose stream is the same on every machine and in every version.
-      image_size: side to which images of one's own are brought; 0 leaves them as they are.
+      image_size: side to which images are brought, see `own_data.resized`; 0 leaves them as they are.
+      train_images: how many of those that are not held out to train on, the first in the order that `split_seed` draws,
+        so that fewer are a part of more; 0 for all.
       num_classes: of the network that is to be trained, to be compared with the data's; None to compare nothing.
 
     Returns:
@@ -93,8 +96,10 @@ def load(
       ((1238, 8, 8, 1), 200, 359)
     """
     check_name(name)
-    if image_size and name in NAMES:
-        raise DataError(f"image_size = {image_size}: {name} has one size; 0 leaves it as it is")
+    if image_size < 0:
+        raise DataError(f"image_size = {image_size}: must not be negative; 0 leaves images as they are")
+    if train_images < 0:
+        raise DataError(f"train_images = {train_images}: must not be negative; 0 takes all")
     if split_seed < 0:
         raise DataError(f"split_seed = {split_seed}: must not be negative")
     if validation < 0:
@@ -113,6 +118,8 @@ def load(
 
         whole, class_names = cifar.read(name, "train", data_dir=data_dir)
         read_test = partial(_cifar_test, name, data_dir)
+    if image_size and name in NAMES:
+        whole, read_test = _sized(whole, image_size, name), partial(_sized_test, read_test, image_size, name)
     if num_classes is not None and num_classes != len(class_names):
         raise DataError(
             f"num_classes = {num_classes}: {name} has {len(class_names)}; "
@@ -121,10 +128,16 @@ def load(
     size = len(whole.labels)
     if validation >= size:
         raise DataError(f"validation = {validation:,}: must leave some of the {size:,} training images of {name}")
+    if train_images > size - validation:
+        raise DataError(
+            f"train_images = {train_images:,}: {name} has {size:,} training images, and validation = {validation:,} of "
+            "them are held out; take fewer, or 0 for all"
+        )
     rank = _shuffled(size, split_seed)
     # Sorted, so that the training images of two seeds differ by the held-out ones alone.
-    train, held = np.sort(rank[validation:]), np.sort(rank[:validation])
-    train = whole if validation == 0 else Split(whole.images[train], whole.labels[train])
+    train = np.sort(rank[validation : validation + (train_images or size)])
+    held = np.sort(rank[:validation])
+    train = whole if len(train) == size else Split(whole.images[train], whole.labels[train])
     mean, std = _statistics(train.images)
     return Dataset(
         name=name,
@@ -151,6 +164,7 @@ def of_config(data: Any) -> Dataset:
         validation=data["validation"],
         split_seed=data["split_seed"],
         image_size=data["image_size"],
+        train_images=data["train_images"],
     )
 
 
@@ -171,6 +185,14 @@ def check_name(name: str) -> None:
 
 def _own_test(reader: Callable[..., tuple[Split, tuple[str, ...]]], shape: tuple[int, ...]) -> Split:
     return reader("test", like=shape)[0]
+
+
+def _sized(split: Split, side: int, name: str) -> Split:
+    return Split(own_data.resized(split.images, side, name), split.labels)
+
+
+def _sized_test(read_test: Callable[[], Split], side: int, name: str) -> Split:
+    return _sized(read_test(), side, name)
 
 
 def _sha256(split: Split) -> str:

@@ -133,6 +133,24 @@ def _stacked(pictures: Iterator[Image.Image], names: Sequence[Any], image_size: 
     return images[..., None] if images.ndim == 3 else images
 
 
+def resized(images: np.ndarray, side: int, place: str) -> np.ndarray:
+    """Images `[N, h, w, c]`, c = 1 or 3, brought to a side as `read` brings them; `place` is for the message.
+
+    Raises:
+      DataError: Pillow has no such channels.
+
+    Examples:
+      >>> import numpy as np
+      >>> from gompertz_jax.training.own_data import resized
+      >>> resized(np.zeros((2, 32, 32, 3), np.uint8), 16, "mine").shape
+      (2, 16, 16, 3)
+    """
+    if images.shape[-1] not in (1, 3):
+        raise DataError(f"{place}: images of {images.shape[-1]} channels cannot be resized; set data.image_size = 0")
+    squeezed = images[..., 0] if images.shape[-1] == 1 else images
+    return _stacked(map(Image.fromarray, squeezed), range(len(images)), side, place)
+
+
 def _sized(picture: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) if side else picture
 
@@ -170,10 +188,7 @@ def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[st
     names = tuple(map(str, range(count))) if given is None else tuple(map(str, given))
     images = images[..., None] if images.ndim == 3 else images
     if image_size:
-        if images.shape[-1] not in (1, 3):
-            raise DataError(f"{path}: images of {images.shape[-1]} channels cannot be resized; set data.image_size = 0")
-        squeezed = images[..., 0] if images.shape[-1] == 1 else images
-        images = _stacked(map(Image.fromarray, squeezed), range(len(images)), image_size, place)
+        images = resized(images, image_size, str(path))
     return Split(np.ascontiguousarray(images), labels.astype(np.int32)), names
 
 
