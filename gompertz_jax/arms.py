@@ -48,6 +48,7 @@ _CURVES = {
     "matched_lr": ("at the constant weight of the curve's mean, weighted by the learning rate", "matched_lr({curve})"),
     "linear": ("under a line from 0 to 1", "linear(start=0, end=1)"),
     "cosine": ("under half a cosine from 0 to 1", "cosine(start=0, end=1)"),
+    "decay": ("under half a cosine from 1 to 0", "cosine(start=1, end=0)"),
     "logistic": ("under a logistic curve", "logistic()"),
     "reversed": ("under the curve in reverse", "reversed({curve})"),
     "progress": ("under the curve, read at the student's progress", "progress({curve})"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, whose import takes a second, for two functions of the t-distribution
 
 
 class Summary(NamedTuple):
@@ -78,8 +78,8 @@ def paired_difference(
     if mean is None or not spread:
         return Difference(mean, None, None, None, n)
     error = spread / np.sqrt(n)
-    reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * error)
-    return Difference(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
+    reach = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * error)
+    return Difference(mean, mean - reach, mean + reach, float(2 * special.stdtr(n - 1, -abs(mean) / error)), n)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
