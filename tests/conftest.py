@@ -18,7 +18,8 @@ def pytest_configure(config):
     if _CACHE not in os.environ:
         config.gompertz_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="gompertz_jax_tests_")
     # The suite compiles thousands of programs and runs each for an instant.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.setdefault("XLA_FLAGS", flags)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # the programs of tests are small
 
 

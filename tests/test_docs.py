@@ -1,7 +1,8 @@
 """What the pages say to type: every command and every block of Python of README, CONTRIBUTING and docs, from the text.
 
-Commands that train run up to the moment before anything is written: flags, config, data's shape, pre-flight. Data that
-would have to be downloaded are stood in for by black images of their shape. Notebooks run where the pages are built.
+Commands that train run to the end of the pre-flight: flags, config, data's shape, what bridges maps, every schedule.
+Data that would have to be downloaded are stood in for by black images of their shape. Notebooks run where the pages are
+built.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def get_config():
 
 
 class Reached(Exception):
-    """The command has passed everything that comes before the first file is written."""
+    """The command has passed everything that comes before weights are drawn and files are written."""
 
 
 def stand_in(data):
@@ -115,12 +116,12 @@ def typed(room, monkeypatch):
     monkeypatch.chdir(room)
     monkeypatch.syspath_prepend(str(ROOT))
 
-    def reached(*_):
+    def reached(*_, **__):
         raise Reached
 
     for module in (loop, compare):
         monkeypatch.setattr(module, "of_config", stand_in)
-        monkeypatch.setattr(module, "claim_workdir", reached)
+        monkeypatch.setattr(module, "network_from", reached)  # what comes after the pre-flight
         monkeypatch.setattr(module, "finished", lambda *_: None)
     return lambda command: type_command(command, room, monkeypatch)
 
@@ -157,7 +158,7 @@ def type_command(command, place, monkeypatch):
 
 
 def train(arguments):
-    """train.py's own flags by name, its config by the same reader, then the run up to its first file."""
+    """train.py's own flags by name, its config by the same reader, then the run to the end of its pre-flight."""
     known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "train.py").read_text()))
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--distributed", action="store_true")
