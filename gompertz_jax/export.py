@@ -151,6 +151,8 @@ def export_student(
     if not (workdir / CONFIG).is_file():
         raise RunError(f"{workdir} holds no run (no {CONFIG})")
     config = with_defaults(read_json(workdir / CONFIG))
+    if "arms" in config:
+        raise RunError(f"{workdir} holds a comparison or a search, not a run: take the workdir of a run")
     dataset = of_config(config["data"])
     student = read_student(workdir, dataset, step=step)
     if format == "onnx":
