@@ -142,9 +142,11 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
         export.export_student(workdir, format="torch", step=16)
     with pytest.raises(RunError, match=r"holds no run \(no config.json\)"):
         export.export_student(tmp_path, format="torch")
-    write_json(tmp_path / CONFIG, {"arms": {}})
+    compared = workdir.with_name("compared")
+    compared.mkdir()
+    write_json(compared / CONFIG, {"arms": {}})
     with pytest.raises(RunError, match="holds a comparison or a search, not a run"):
-        export.export_student(tmp_path, format="torch")
+        export.export_student(compared, format="torch")
     with pytest.raises(RunError, match="cannot be folded into the weights of torch"):
         export.export_student(workdir, format="torch", fold_normalisation=True)
     with pytest.raises(RunError, match="format 'keras' is unknown"):
