@@ -6,7 +6,7 @@
 # %% [markdown]
 # # Reading a run and a comparison
 #
-# First a short run: digits, two epochs of soft targets, in a folder of its own. `train.py` does the same.
+# First a short run: digits, four epochs of soft targets, in a folder of its own. `train.py` does the same.
 
 # %%
 import json
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from configs import digits
 from gompertz_jax import report
@@ -68,10 +69,11 @@ for line in (line for line in lines if line["split"] == "validation"):
     )
 
 # %% [markdown]
-# The picture of a run is a Matplotlib figure:
+# The picture of a run is a Matplotlib figure, which is saved whole or not at all:
 
 # %%
-report.curves(lines)
+report.save(report.curves(lines), workdir / "curves.png")
+Image.open(workdir / "curves.png")
 
 # %% [markdown]
 # ## A comparison
@@ -96,4 +98,5 @@ by_arm = {
 print("gompertz - matched, by seed:", (100 * (by_arm["gompertz"] - by_arm["matched"])).round(2))
 
 # %%
-report.comparison_figure(comparison)
+report.save(report.comparison_figure(comparison), workdir / "comparison.png")
+Image.open(workdir / "comparison.png")
