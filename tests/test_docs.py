@@ -103,6 +103,7 @@ def room(tmp_path_factory):
         loop.train_and_evaluate(small_config(), "runs/digits")
         shutil.copytree("runs/digits", "runs/cifar10")
         shutil.copytree(ROOT / "results" / "compare_digits", place / "runs" / "arms")
+        shutil.copytree("runs/digits/teacher", "runs/tiny-tuning/teacher")
         (place / "runs" / "tuning" / "best").mkdir(parents=True)
         for name in ("matched", "gompertz"):
             source = TUNED.format(weight=f"{len(name)} * curve")
