@@ -10,7 +10,7 @@ from helpers import ROOT
 
 
 def test_malformed_configs_and_arguments_are_refused_by_name():
-    command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--examples", "80", "--derandomize"]
+    command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--examples", "40", "--derandomize"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "configs: 20 tried" in done.stdout and "calls: 80 tried" in done.stdout
+    assert "configs: 10 tried" in done.stdout and "calls: 40 tried" in done.stdout
