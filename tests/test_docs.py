@@ -56,11 +56,7 @@ def commands_of(text):
 
 
 DESCRIBED = set()  # configs whose pre-flight has run: pages start the same one in several ways
-
-
 EVERY = {command: page.name for page in reversed(PAGES) for command in commands_of(page.read_text())}
-
-
 TUNED = """
 from configs import digits
 
@@ -148,10 +144,9 @@ def type_command(command, place, monkeypatch):
             monkeypatch.setattr(compare.preflight, "describe", lambda *_, **__: "")  # of every group: a run's
             with pytest.raises(Reached):
                 cli.main(arguments)
-        elif arguments[0] == "import-torch":
-            shutil.rmtree(place / "teachers")
-            cli.main(arguments)
         else:
+            if arguments[0] == "import-torch":
+                shutil.rmtree(place / "teachers")
             cli.main(arguments)
     elif match := re.match(r"python ((?:benchmarks|docs)/\w+\.py)(.*)", command):
         parse_only(match[1], shlex.split(match[2]), monkeypatch)

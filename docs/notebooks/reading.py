@@ -69,10 +69,9 @@ for line in (line for line in lines if line["split"] == "validation"):
     )
 
 # %% [markdown]
-# The picture of a run is a Matplotlib figure, which is saved whole or not at all:
+# The run has drawn its curves; `report.curves(lines)` is the same as a Matplotlib figure.
 
 # %%
-report.save(report.curves(lines), workdir / "curves.png")
 Image.open(workdir / "curves.png")
 
 # %% [markdown]

@@ -118,8 +118,6 @@ def load(
 
         whole, class_names = cifar.read(name, "train", data_dir=data_dir)
         read_test = partial(_cifar_test, name, data_dir)
-    if image_size and name in NAMES:
-        whole, read_test = _sized(whole, image_size, name), partial(_sized_test, read_test, image_size, name)
     if num_classes is not None and num_classes != len(class_names):
         raise DataError(
             f"num_classes = {num_classes}: {name} has {len(class_names)}; "
@@ -135,19 +133,21 @@ def load(
         )
     rank = _shuffled(size, split_seed)
     # Sorted, so that the training images of two seeds differ by the held-out ones alone.
-    train = np.sort(rank[validation : validation + (train_images or size)])
+    chosen = np.sort(rank[validation : validation + (train_images or size)])
     held = np.sort(rank[:validation])
-    train = whole if len(train) == size else Split(whole.images[train], whole.labels[train])
+    side = 0 if own_data.is_own(name) else image_size  # images of one's own were brought there as they were read
+    train = whole if len(chosen) == size else Split(whole.images[chosen], whole.labels[chosen])
+    train = _sized(train, side, name)
     mean, std = _statistics(train.images)
     return Dataset(
         name=name,
         num_classes=len(class_names),
         train=train,
-        validation=None if validation == 0 else Split(whole.images[held], whole.labels[held]),
+        validation=None if validation == 0 else _sized(Split(whole.images[held], whole.labels[held]), side, name),
         mean=mean,
         std=std,
         class_names=class_names,
-        read_test=read_test,
+        read_test=lambda: _sized(read_test(), side, name),
         sha256=sha256,
     )
 
@@ -188,11 +188,7 @@ def _own_test(reader: Callable[..., tuple[Split, tuple[str, ...]]], shape: tuple
 
 
 def _sized(split: Split, side: int, name: str) -> Split:
-    return Split(own_data.resized(split.images, side, name), split.labels)
-
-
-def _sized_test(read_test: Callable[[], Split], side: int, name: str) -> Split:
-    return _sized(read_test(), side, name)
+    return split._replace(images=own_data.resized(split.images, side, name)) if side else split
 
 
 def _sha256(split: Split) -> str:

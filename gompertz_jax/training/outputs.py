@@ -19,6 +19,7 @@ from ..data_parallel import spread_batch
 from ..intact import fault
 from ..network import Network
 from ..step import copied, output_shapes
+from ..students import stacked
 from .augment import augmented_view
 from .checkpoint import load_arrays, save_arrays
 from .config import Config, differing_keys
@@ -81,8 +82,7 @@ def stored_outputs(
             save_arrays(directory / str(view), replicate(of_view(view), mesh))
     # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
     by_view = [load_arrays(directory / str(view), template) for view in range(views)]
-    stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), out_shardings=copied(mesh))
-    return stack(by_view)
+    return jax.jit(stacked, out_shardings=copied(mesh))(by_view)
 
 
 def _prepare(directory: Path, card: Mapping[str, Any]) -> list[int]:
