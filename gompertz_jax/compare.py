@@ -22,7 +22,7 @@ from .preview import read
 from .projections import measure_teacher
 from .schedules import ByProgress
 from .step import HEALTHY, TrainState, init_state, make_eval_step
-from .students import LAYOUTS, Group, Students, arms_of, grouped, make_comparison_step, over_students, stacked
+from .students import LAYOUTS, Group, Students, grouped, make_comparison_step, over_students, stacked
 from .training import config as config_module
 from .training import preflight
 from .training.compilation import keep_compiled
@@ -410,33 +410,24 @@ def _program(
             seed=seed,
             average_decay=average,
             logged_schedules={"learning_rate": rate},
+            term_gradients_every=config.logging.term_gradients_every or None,
             layout=layout,
             mesh=mesh,
         )
 
-    def make_surveys(feed: Feed) -> Any:
-        report = min(config.logging.term_gradients, plan.steps_per_dispatch)
+    look = make_survey(network, mesh)
 
-        def survey(state: Students, best: Any, *shared: Any) -> Findings:
-            found = []
-            for group, states, bests in zip(groups, state.groups, best, strict=True):
-                distils = any(term.distils for term in group.objectives[0].terms)
-
-                def one(state: TrainState, best: Best, arm: Any, group: Group = group, distils: bool = distils) -> Any:
-                    objective = group.at(arm, state)
-                    look = make_survey(network, objective, feed, report_batches=report, seed=seed, mesh=mesh)
-                    teacher, held, classes, arrays = shared
-                    return look(state, best, teacher if distils else None, held, classes, arrays)
-
-                found.append(over_students("map", one, states, bests, arms_of(group, states)))
-            groups_found = tuple(findings.state for findings in found)
-            return Findings(
-                Students(jnp.copy(state.step), groups_found),
-                tuple(findings.best for findings in found),
-                tuple(findings.line for findings in found),
-            )
-
-        return jax.jit(survey)
+    @jax.jit
+    def survey(state: Students, best: Any, *shared: Any) -> Findings:
+        found = [
+            over_students("map", lambda *student: look(*student, *shared), states, bests)
+            for states, bests in zip(state.groups, best, strict=True)
+        ]
+        return Findings(
+            Students(jnp.copy(state.step), tuple(findings.state for findings in found)),
+            tuple(findings.best for findings in found),
+            tuple(findings.line for findings in found),
+        )
 
     def told(metrics: Any) -> list[Told]:
         return [
@@ -452,7 +443,16 @@ def _program(
     best = tuple(jax.vmap(Best.none)(group) for group in states)
     kinds = tuple(group.objectives[0] for group in groups)
     students_at = Students(jnp.zeros((), jnp.int32), states)
-    return Program(students_at, best, measured, make_step, make_surveys, told, network, kinds)
+    return Program(
+        state=students_at,
+        best=best,
+        measured=measured,
+        make_step=make_step,
+        survey=survey,
+        students=told,
+        network=network,
+        objectives=kinds,
+    )
 
 
 def tested(trained: Trained) -> Tested:

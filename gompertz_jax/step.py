@@ -29,6 +29,7 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 HEALTHY = -1
+TELEMETRY = ("/gradient_norm", "/gradient_cosine")  # how the metrics of one term's gradient end
 STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # of a batch whose images the teacher has seen before
 
 
@@ -284,8 +285,25 @@ Teaching = Callable[[tuple[Term, ...]], Taught | None]
 """What the teacher says of this step's batch, as far as the given terms read it."""
 
 
+def _term_gradients(terms: Sequence[Term], gradient_of: Callable[[Array], PyTree], first: Term) -> Metrics:
+    """Norms of the terms' gradients, and their cosines with that of `first`, where this is among the terms.
+
+    `gradient_of` a row of weights is the gradient of the terms' weighted sum.
+    """
+    rows = jnp.eye(len(terms), dtype=jnp.float32)
+    gradients = {term.name: gradient_of(row) for term, row in zip(terms, rows, strict=True)}
+    norms = {name: optax.tree.norm(gradient) for name, gradient in gradients.items()}
+    metrics = {f"{name}/gradient_norm": norm for name, norm in norms.items()}
+    if first.name in gradients:
+        for name, norm in norms.items():
+            inner = optax.tree.vdot(gradients[name], gradients[first.name])
+            scale = jnp.maximum(norm * norms[first.name], jnp.finfo(norm.dtype).tiny)
+            metrics[f"{name}/gradient_cosine"] = jnp.divide(inner, scale)
+    return metrics
+
+
 def _make_pull(
-    student: Network, objective: Objective, skip_below: float, mesh: Mesh | None
+    student: Network, objective: Objective, skip_below: float, term_gradients_every: int | None, mesh: Mesh | None
 ) -> Callable[[TrainState, Teaching, Batch, Array], _Pull]:
     """The terms of a step and the gradient of their weighted sum; only the terms that this step has cost anything."""
     terms = objective.terms
@@ -308,6 +326,12 @@ def _make_pull(
             has_aux=True,
         )
         (gradient,) = pull_back(aux.weights)
+        metrics = aux.metrics
+        if term_gradients_every:
+            # The forward pass is the step's own: what this adds is one backward pass a term, at the steps that ask.
+            measure = partial(_term_gradients, present, lambda row: pull_back(row)[0]["student"], terms[0])
+            blank = {name: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for name, leaf in jax.eval_shape(measure).items()}
+            metrics |= jax.lax.cond(state.step % term_gradients_every == 0, measure, lambda: blank)
         values = dict(zip((term.name for term in present), raw, strict=True))
         at = state.step, progress_of(state)
         weights = {f"{term.name}/weight": jnp.asarray(value_at(term.weight, *at), jnp.float32) for term in terms}
@@ -319,7 +343,7 @@ def _make_pull(
             stats=aux.stats,
             projection_stats=aux.projection_stats,
             progress=aux.progress,
-            metrics=weights | aux.metrics,
+            metrics=weights | metrics,
         )
 
     # Which terms there are repeats with the least common multiple of their intervals.
@@ -362,10 +386,11 @@ def make_learn(
     average_decay: float | None,
     logged_schedules: Mapping[str, Schedule],
     skip_below: float,
+    term_gradients_every: int | None,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, Teaching, Batch, Array], tuple[TrainState, Metrics]]:
     """The step of one student on a batch that is there; see `make_train_step`, which has the rest."""
-    pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, mesh)
+    pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh)
 
     def learn(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         pulled = pull(state, teaching, batch, key)
@@ -424,6 +449,7 @@ def make_train_step(
     average_decay: float | None = None,
     logged_schedules: Mapping[str, Schedule] | None = None,
     skip_below: float = 0.0,
+    term_gradients_every: int | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Network | None, Any], tuple[TrainState, Metrics]]:
     """The compiled, donated training step of any objective.
@@ -443,6 +469,8 @@ def make_train_step(
       skip_below: while the weights of all terms that distil are smaller than this, teacher and distillation are not
         computed; the step is then that of the other terms alone, and the projections' running statistics rest. 0 never
         skips. It costs the compilation of one more variant of the step.
+      term_gradients_every: at how many steps once the gradient of each raw term is measured, as `make_gradient_report`
+        does, on the batch of the step. It costs one more backward pass a term at those steps; None: never.
       mesh: devices to spread the batch over, with the one axis "data"; None for one device. State, teacher and metrics
         are copied to all of them. Losses, BatchNorm and gradients are those of the global batch.
 
@@ -451,17 +479,20 @@ def make_train_step(
       objective without distillation or batches that carry its outputs; every metric is an array
       `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`, `gradient_norm`, `step` (the step they belong to),
       `failed_term`, `failed_step`, and per term `NAME/raw`, `NAME/weight`, `NAME/weighted`, and `progress` where it is
-      measured. They come from the state before the update.
-      What was not computed at a step (`Term.every_k_steps`, `skip_below`) is NaN there, and no failure.
+      measured, and `NAME/gradient_norm` and `NAME/gradient_cosine` where they are. They come from the state before the
+      update.
+      What was not computed at a step (`Term.every_k_steps`, `skip_below`, `term_gradients_every`) is NaN there, and no
+      failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
       later step returns the state unchanged.
 
     Raises:
-      ValueError: `steps_per_dispatch` below 1, a negative `skip_below`, two terms of one name, a step without any term,
-        a mesh with other axes, a weight that reads the progress together with `skip_below`; when called, a term that
-        distils and no teacher, a state of another form than `init_state` gives it, or one that was donated before, a
-        batch of other shapes or dtypes, or that does not divide by the number of devices.
+      ValueError: `steps_per_dispatch` or `term_gradients_every` below 1, a negative `skip_below`, two terms of one
+        name, a step without any term, a mesh with other axes, a weight that reads the progress together with
+        `skip_below`; when called, a term that distils and no teacher, a state of another form than `init_state` gives
+        it, or one that was donated before, a batch of other shapes or dtypes, or that does not divide by the number of
+        devices.
       TypeError: an argument, of this function or of the step, is of another type, or holds what is no array.
 
     Examples:
@@ -489,6 +520,8 @@ def make_train_step(
             "skip_below", skip_below, legal="0, which never skips, or more", accept=lambda number: number >= 0
         )
     )
+    if term_gradients_every is not None:
+        term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     if skip_below and any(term.reads_progress() for term in objective.terms):
         raise ValueError(
             f"skip_below = {skip_below}: a step that skips the teacher cannot measure the student's progress, which a "
@@ -504,6 +537,7 @@ def make_train_step(
         average_decay=average_decay,
         logged_schedules=logged_schedules or {},
         skip_below=skip_below,
+        term_gradients_every=term_gradients_every,
         mesh=mesh,
     )
 
@@ -550,24 +584,16 @@ def make_gradient_report(
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         check_state(state)
-        key = step_key(seed, state.step)
         check_batch(batch)
-        batch = spread_batch(batch, mesh)
+        batch, key = spread_batch(batch, mesh), step_key(seed, state.step)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
             taught = teach(teacher, batch, objective.terms, key)
             return _raw_terms(trainable, state, taught, batch, student=student, objective=objective, key=key, mesh=mesh)
 
-        raw, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
-        gradients = [pull_back(row)[0] for row in jnp.eye(raw.size, dtype=raw.dtype)]
-        norms = [optax.tree.norm(gradient) for gradient in gradients]
-        metrics = {}
-        for term, gradient, norm in zip(objective.terms, gradients, norms, strict=True):
-            inner = optax.tree.vdot(gradient, gradients[0])
-            metrics[f"{term.name}/gradient_norm"] = norm
-            metrics[f"{term.name}/gradient_cosine"] = inner / jnp.maximum(norm * norms[0], jnp.finfo(norm.dtype).tiny)
-        return metrics
+        _, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
+        return _term_gradients(objective.terms, lambda row: pull_back(row)[0], objective.terms[0])
 
     return compiled(report, out_shardings=copied(mesh))
 

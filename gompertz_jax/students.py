@@ -175,6 +175,7 @@ def make_comparison_step(
     seed: int = 0,
     average_decay: float | None = None,
     logged_schedules: Mapping[str, Schedule] | None = None,
+    term_gradients_every: int | None = None,
     layout: str = "map",
     mesh: Mesh | None = None,
 ) -> Callable[[Students, Network | None, Any], tuple[Students, tuple[Metrics, ...]]]:
@@ -189,6 +190,7 @@ def make_comparison_step(
       seed: of the step's random keys, which are the same for all students.
       average_decay: as in `make_train_step`.
       logged_schedules: likewise.
+      term_gradients_every: likewise; under "vmap" the cost is that of every step.
       layout: how a group's students share the device, see `over_students`.
       mesh: as in `make_train_step`.
 
@@ -220,6 +222,8 @@ def make_comparison_step(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
+    if term_gradients_every is not None:
+        term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     check_optimizer(optimizer)
     check_seed(seed)
     check_mesh(mesh)
@@ -228,6 +232,7 @@ def make_comparison_step(
         "average_decay": average_decay,
         "logged_schedules": logged_schedules or {},
         "skip_below": 0.0,
+        "term_gradients_every": term_gradients_every,
         "mesh": mesh,
     }
     for group in groups:  # for its refusals

@@ -72,7 +72,7 @@ def test_the_methods_name_every_loss_that_is_published(monkeypatch):
         ({"recipe.weight_decay": float("inf")}, "recipe.weight_decay = inf: must be finite"),
         ({"recipe.projection_rate": -1.0}, "recipe.projection_rate"),
         ({"seed": -1}, "seed = -1"),
-        ({"logging.term_gradients": -1}, "logging.term_gradients"),
+        ({"logging.term_gradients_every": -1}, "logging.term_gradients_every"),
         ({"objective.curve": "gompetz()"}, "objective.curve"),
         ({"objective.skip_below": -0.1}, "objective.skip_below = -0.1"),
         ({"data.placement": "gpu"}, "data.placement = 'gpu': must be auto, device or host"),

@@ -33,7 +33,7 @@ def network(seed):
 
 def settings():
     """What `stored_outputs` and `fit` share: 1,338 images of 8x8."""
-    config = tiny_config(**{"augment.flip": True, "logging.term_gradients": 1})
+    config = tiny_config(**{"augment.flip": True, "logging.term_gradients_every": 1})
     dataset, mesh = load("digits", validation=100), data_mesh()
     return config, Images.of(dataset, config.data, mesh), mesh
 

@@ -512,6 +512,27 @@ def test_gradient_report_measures_each_raw_term():
     assert report["wasserstein/gradient_norm"] > 0
 
 
+@pytest.mark.parametrize("skip_below", [0.0, 0.5])
+def test_a_step_measures_each_term_as_the_report_does_and_only_where_it_is_asked(skip_below):
+    """With terms that are not computed at every step, and while the teacher rests."""
+    ce, kd, wasserstein, gradient = gj.gompertz_objective(20).terms
+    rising = kd._replace(weight=lambda step: jnp.float32(step >= 2)), wasserstein._replace(weight=lambda step: 0.0)
+    late = gradient._replace(weight=lambda step: 0.0, every_k_steps=2)
+    objective = gj.gompertz_objective(20)._replace(terms=(ce, *rising, late))
+    state, teacher, step = setup(objective, term_gradients_every=2, skip_below=skip_below)
+    _, _, plain = setup(objective, skip_below=skip_below)
+    report = gj.make_gradient_report(linear_network(1), objective)
+    for number in range(4):
+        expected = report(state, teacher, batch(number))
+        untold, _ = plain(jax.tree.map(jnp.copy, state), teacher, batch(number))
+        state, metrics = step(state, teacher, batch(number))
+        for name, value in expected.items():
+            rests = skip_below > 0 and number < 2 and not name.startswith("ce")
+            wanted = np.nan if number % 2 or rests else value
+            np.testing.assert_allclose(metrics[name][0], wanted, rtol=1e-4, atol=1e-6, err_msg=f"{name} at {number}")
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state, untold)
+
+
 @pytest.mark.parametrize("count", [1, 5, 7])
 def test_evaluation_does_not_depend_on_how_the_split_divides(count):
     network = linear_network(1)
@@ -528,6 +549,8 @@ def test_evaluation_does_not_depend_on_how_the_split_divides(count):
 def test_mistakes_are_told_before_tracing():
     with pytest.raises(ValueError, match="steps_per_dispatch must be a positive integer, got 0"):
         setup(gj.student_alone(), steps_per_dispatch=0)
+    with pytest.raises(ValueError, match="term_gradients_every must be a positive integer, got 0"):
+        setup(gj.student_alone(), term_gradients_every=0)
     twice = gj.Objective(gj.student_alone().terms * 2)
     with pytest.raises(ValueError, match="term names must differ"):
         setup(twice)

@@ -81,12 +81,14 @@ def test_arms_of_the_same_terms_are_a_group_whatever_their_schedules():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_student_is_its_own_run(layout):
     listed, seeds = objectives() if layout == "map" else objectives()[2:4], (1, 2)
-    groups, step, students = together(listed, seeds, layout=layout)
+    groups, step, students = together(listed, seeds, layout=layout, term_gradients_every=2)
     students, metrics = step(students, TEACHER, None)
     assert int(students.step) == STEPS
     for group, states, told in zip(groups, students.groups, metrics, strict=True):
         alone = {
-            arm: gj.make_train_step(BODY, OPTIMIZER, listed[arm], make_batch=batch, steps_per_dispatch=STEPS)
+            arm: gj.make_train_step(
+                BODY, OPTIMIZER, listed[arm], make_batch=batch, steps_per_dispatch=STEPS, term_gradients_every=2
+            )
             for arm in group.arms
         }
         for place, (arm, seed) in enumerate((arm, seed) for arm in group.arms for seed in seeds):

@@ -28,7 +28,7 @@ config.teacher.min_accuracy = 0.3
 config.evaluate_every_epochs = 1
 config.objective.terms.wasserstein.weight = "0"  # these two take longest to compile
 config.objective.terms.gradient.weight = "0"
-config.logging.term_gradients = 2
+config.logging.term_gradients_every = 16
 config.logging.progress = False
 
 workdir = Path(tempfile.mkdtemp()) / "run"
@@ -57,14 +57,14 @@ for line in training[:: len(training) // 5]:
     print(f"step {line['step']:3d}  weight {line['kd/weight']:.3f}  raw {line['kd/raw']:.3f}  loss {line['loss']:.3f}")
 
 # %% [markdown]
-# With `logging.term_gradients` each evaluation says how strongly every raw term pulls, and in which direction against
-# the cross-entropy:
+# With `logging.term_gradients_every` some steps also say how strongly every raw term pulls, and in which direction
+# against the cross-entropy:
 
 # %%
-for line in (line for line in lines if line["split"] == "validation"):
+for line in (line for line in training if "kd/gradient_norm" in line):
     norms = {name: line[f"{name}/gradient_norm"] for name in ("ce", "kd")}
     print(
-        f"after {line['step']:3d} steps: accuracy {line['accuracy']:.1%}, "
+        f"step {line['step']:3d}: batch accuracy {line['accuracy']:.1%}, "
         f"norms {norms['ce']:.2f} and {norms['kd']:.2f}, cosine {line['kd/gradient_cosine']:.2f}"
     )
 

@@ -130,9 +130,9 @@ def get_default() -> Config:
             "checkpoint": {"keep": 2},
             "logging": {
                 "every_steps": 10,  # lines in metrics.jsonl
-                # Batches over which, at each evaluation, every raw term's gradient norm and cosine with the first's
-                # are measured; 0: none
-                "term_gradients": 0,
+                # At how many steps once every raw term's gradient norm, and its cosine with the first term's, are
+                # measured and logged; 0: never
+                "term_gradients_every": 0,
                 "progress": True,
             },
         }
@@ -272,8 +272,8 @@ def check(config: Config) -> None:
             raise RunError(f"{key} = {config[key]}: must be at least {least}")
     if config.logging.every_steps < 1:
         raise RunError(f"logging.every_steps = {config.logging.every_steps}: must be at least 1")
-    if config.logging.term_gradients < 0:
-        raise RunError(f"logging.term_gradients = {config.logging.term_gradients}: must not be negative; 0 means none")
+    if (every := config.logging.term_gradients_every) < 0:
+        raise RunError(f"logging.term_gradients_every = {every}: must not be negative; 0 means never")
     if config.checkpoint.keep < 1:
         raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
     if config.teacher.cache.views < 0:

@@ -26,18 +26,18 @@ from ..objective import Objective
 from ..projections import measure_teacher
 from ..step import (
     HEALTHY,
+    TELEMETRY,
     TrainState,
     as_unit_interval,
     init_state,
     make_eval_step,
-    make_gradient_report,
     make_train_step,
     output_shapes,
 )
 from .checkpoint import Checkpoints
 from .config import Config
 from .errors import RunError
-from .feed import Feed, Held, Images, Supply
+from .feed import Feed, Held, Images
 from .optim import learning_rate, make_optimizer
 from .outputs import OUTPUTS, stored_outputs
 from .preflight import stored_parts
@@ -111,7 +111,7 @@ class Program(NamedTuple):
       best: before any evaluation, see `Best`.
       measured: `(state, teacher) -> state`, what is measured of the teacher once, before the first step.
       make_step: `(feed) -> step`, the compiled training step.
-      make_survey: `(feed) -> survey`, what is queued behind a dispatch that is to be evaluated, see `make_survey`.
+      survey: compiled; what is queued behind a dispatch that is to be evaluated, see `make_survey`.
       students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
       network: whose outputs have the shapes of every student's.
       objectives: of all students, each kind once.
@@ -121,7 +121,7 @@ class Program(NamedTuple):
     best: Any
     measured: Callable[[Any, Network], Any]
     make_step: Callable[[Feed], Any]
-    make_survey: Callable[[Feed], Any]
+    survey: Any
     students: "Callable[[Any], Iterable[Told]]"
     network: Network
     objectives: tuple[Objective, ...]
@@ -224,12 +224,9 @@ def fit(
             average_decay=average,
             logged_schedules={"learning_rate": rate},
             skip_below=config.objective.skip_below,
+            term_gradients_every=config.logging.term_gradients_every or None,
             mesh=mesh,
         )
-
-    def survey_of(feed: Feed) -> Any:
-        batches = min(config.logging.term_gradients, plan.steps_per_dispatch)
-        return jax.jit(make_survey(network, objective, feed, report_batches=batches, seed=order_seed, mesh=mesh))
 
     def alone(metrics: Any) -> list[Told]:
         return [Told({}, objective, metrics)]
@@ -238,7 +235,16 @@ def fit(
         config,
         recipe,
         plan,
-        Program(state, Best.none(state), measured, make_step, survey_of, alone, network, (objective,)),
+        Program(
+            state=state,
+            best=Best.none(state),
+            measured=measured,
+            make_step=make_step,
+            survey=jax.jit(make_survey(network, mesh)),
+            students=alone,
+            network=network,
+            objectives=(objective,),
+        ),
         label=label,
         workdir=workdir,
         teacher=teacher,
@@ -335,7 +341,7 @@ def drive(
                 outputs=outputs,
             )
         )
-        train_step, survey = program.make_step(feed), program.make_survey(feed)
+        train_step, survey = program.make_step(feed), program.survey
         held = data.validation
         classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
         if outputs:
@@ -343,7 +349,7 @@ def drive(
         if step < plan.steps:
             # A program that is compiled ahead refuses what does not fit it: nothing is compiled a second time.
             train_step = train_step.lower(state, teacher, feed(step)).compile()
-            survey = survey.lower(state, best, teacher, held, classes, feed(step)).compile()
+            survey = survey.lower(state, best, held, classes).compile()
 
         with (
             MetricsWriter(workdir, step=step) as writer,
@@ -354,7 +360,7 @@ def drive(
             reader = MetricsReader(
                 program.students,
                 recipe.batch_size,
-                config.logging.every_steps,
+                config.logging,
                 clock,
                 not_converged,
                 failed,
@@ -396,7 +402,7 @@ def drive(
                     conclude(*pending)
                 pending = None
                 if plan.evaluates_at(step):
-                    found = survey(state, best, teacher, held, classes, feed(step))
+                    found = survey(state, best, held, classes)
                     best, pending = found.best, (step, found)
                 if stop.requested():
                     # No dispatch will take this state's memory, so it is saved as it is where it is not evaluated.
@@ -458,8 +464,8 @@ class Findings(NamedTuple):
     Attributes:
       state: a copy, whose memory no dispatch will take.
       best: the best weights so far, this state's among them.
-      line: the validation line of metrics.jsonl; empty where nothing is held out or asked for. Of several students a
-        tree of such lines, as `Program.students` takes it; () where nothing was looked at.
+      line: the validation line of metrics.jsonl; empty where nothing is held out. Of several students a tree of such
+        lines, as `Program.students` takes it; () where nothing was looked at.
     """
 
     state: Any
@@ -467,34 +473,20 @@ class Findings(NamedTuple):
     line: Any
 
 
-def make_survey(
-    network: Network, objective: Objective, feed: Feed, *, report_batches: int, seed: int, mesh: Mesh
-) -> Callable[[TrainState, Best, Network | None, Held | None, jax.Array | None, Supply], Findings]:
+def make_survey(network: Network, mesh: Mesh) -> Callable[[TrainState, Best, Held | None, jax.Array | None], Findings]:
     """What is queued behind a dispatch when its end is to be evaluated and saved, of one student.
 
     Args:
       network: the one in training.
-      objective: whose terms are reported.
-      feed: makes the batches of the report.
-      report_batches: over how many of the next dispatch's batches each term's gradient is measured; 0: not at all.
-      seed: of the training step.
       mesh: its devices.
 
     Returns:
-      `survey(state, best, teacher, held_out, classes, supply) -> Findings`: `classes` are the teacher's of the held-out
-      images, `supply` what the next dispatch reads. Accuracies are exact counts.
+      `survey(state, best, held_out, classes) -> Findings`: `classes` are the teacher's of the held-out images.
+      Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)
-    report = make_gradient_report(network, objective, seed=seed, mesh=mesh)
 
-    def survey(
-        state: TrainState,
-        best: Best,
-        teacher: Network | None,
-        held: Held | None,
-        classes: jax.Array | None,
-        supply: Supply,
-    ) -> Findings:
+    def survey(state: TrainState, best: Best, held: Held | None, classes: jax.Array | None) -> Findings:
         line = {}
         if held is not None:
             predictions = evaluate(evaluated(network, state), *held)
@@ -504,12 +496,6 @@ def make_survey(
                 line["agreement"] = (predictions.classes == classes).sum(dtype=jnp.int32)
             better = correct >= best.correct
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Best.of(state, correct), best)
-        if report_batches:
-            reports = jax.lax.map(
-                lambda ahead: report(state, teacher, feed.make_batch(supply, state.step + ahead)),
-                jnp.arange(report_batches),
-            )
-            line |= {name: values.mean() for name, values in reports.items()}
         return Findings(jax.tree.map(jnp.copy, state), best, line)
 
     return survey
@@ -546,7 +532,7 @@ class MetricsReader:
         self,
         students: Callable[[Any], Iterable[Told]],
         batch_size: int,
-        every_steps: int,
+        logging: Config,
         clock: Clock,
         not_converged: dict[str, int],
         failed: set[str],
@@ -555,7 +541,7 @@ class MetricsReader:
     ):
         self.not_converged, self.failed = not_converged, failed
         self._warned = False
-        self._students, self._batch_size, self._every_steps = students, batch_size, every_steps
+        self._students, self._batch_size, self._logging = students, batch_size, logging
         self._clock, self._writer, self._progress = clock, writer, progress
         self._pending: Any = None
         self._last_read = time.monotonic()
@@ -605,11 +591,13 @@ class MetricsReader:
     def _read(self, told: Told, images_per_second: float) -> str | None:
         """Write what a student's metrics say; how it failed, if it did."""
         metrics = told.metrics
-        failed = metrics["failed_term"] != HEALTHY
+        failed, gradients_every = metrics["failed_term"] != HEALTHY, self._logging.term_gradients_every
         # Steps after a failure change nothing and say nothing new; the failing one itself is told.
         until = np.cumsum(failed) <= 1
-        for index in np.flatnonzero(until & ((metrics["step"] % self._every_steps == 0) | failed)):
-            values = {name: column[index] for name, column in metrics.items() if not name.startswith("failed_")}
+        measured = metrics["step"] % gradients_every == 0 if gradients_every else np.zeros_like(failed)
+        for index in np.flatnonzero(until & ((metrics["step"] % self._logging.every_steps == 0) | measured | failed)):
+            without = ("failed_term", "failed_step", *(() if measured[index] else TELEMETRY))
+            values = {name: column[index] for name, column in metrics.items() if not name.endswith(without)}
             line = {"step": values.pop("step"), "split": "train", **told.tags, **values}
             self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})
         self._count_convergence(told)
