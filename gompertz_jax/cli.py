@@ -156,7 +156,9 @@ def _add_trials(parser: Any, *, arms: str, seeds: int) -> None:
     )
     parser.add_argument("--seeds", type=int, default=seeds, help=f"from the config's seed on; default {seeds}")
     parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
-    parser.add_argument("--layout", default="map", help="of a group's students: map, vmap or unroll")
+    parser.add_argument(
+        "--layout", default="devices", help="of a group's students: devices, map, vmap or unroll; default devices"
+    )
 
 
 def _trials(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def compare(
     arms: Mapping[str, Config],
     seeds: int = 5,
     baseline: str = "",
-    layout: str = "map",
+    layout: str = "devices",
 ) -> dict[str, Any]:
     """Train every arm with every seed, or go on with it where it stopped, and compare.
 
@@ -72,7 +72,7 @@ def compare(
       arms: name -> config, whose objective is the arm's; `arm` makes one by its name.
       seeds: how many, from the config's `seed` on.
       baseline: the arm that the others are compared with; "": `matched` where it is among the arms, else `student`.
-      layout: see `gompertz_jax.students.over_students`.
+      layout: see `gompertz_jax.students.make_comparison_step`.
 
     Returns:
       The content of results.json.
@@ -300,7 +300,8 @@ def _curves(workdir: Path) -> dict[tuple[str, int], list[list[Any]]]:
 def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
     """Train every arm with every seed; goes on from the newest checkpoint."""
     config, content, mesh = trial.config, trial.content, data_mesh()
-    check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
+    sharing = 1 if trial.layout == "devices" else mesh.size  # devices among which a student's batch is divided
+    check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
@@ -317,7 +318,7 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
             batch_size=config.recipe.batch_size,
             steps=plan.steps,
             steps_per_dispatch=plan.steps_per_dispatch,
-            devices=mesh.size,
+            devices=sharing,
             views=config.teacher.cache.views,
             room=device_room(config.data, mesh.local_devices[0].memory_stats()),
             label=f"{workdir}, seeds {trial.seeds[0]} to {trial.seeds[-1]}, the arm {list(objectives)[group.arms[0]]}",

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from ._numerics import checked, positive_count
-from .data_parallel import check_mesh, spread_batch
+from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, spread_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import Taught
@@ -36,7 +36,7 @@ from .step import (
     teach,
 )
 
-LAYOUTS = ("map", "vmap", "unroll")
+LAYOUTS = ("devices", "map", "vmap", "unroll")
 
 
 class Group(NamedTuple):
@@ -123,15 +123,15 @@ def stacked(states: Sequence[Any]) -> Any:
 
 
 def over_students(layout: str, one: Callable[..., Any], *arguments: PyTree) -> Any:
-    """A function of one student, for all students of a group: arrays with a leading axis in and out.
+    """A function of one student, for all students of a group that a device has: arrays with a leading axis in and out.
 
-    "map": one after another, compiled once. "vmap": all at once; convolutions become grouped ones. "unroll": one after
-    another, each compiled by itself, so that the compiler may interleave them.
+    "vmap": all at once; convolutions become grouped ones. "unroll": one after another, each compiled by itself, so that
+    the compiler may interleave them. Otherwise one after another, compiled once.
     """
-    if layout == "map":
-        return jax.lax.map(lambda student: one(*student), arguments)
     if layout == "vmap":
         return jax.vmap(one)(*arguments)
+    if layout != "unroll":
+        return jax.lax.map(lambda student: one(*student), arguments)
     count = len(jax.tree.leaves(arguments)[0])
     return stacked([one(*jax.tree.map(lambda leaf, i=i: leaf[i], arguments)) for i in range(count)])
 
@@ -176,7 +176,7 @@ def make_comparison_step(
     average_decay: float | None = None,
     logged_schedules: Mapping[str, Schedule] | None = None,
     term_gradients_every: int | None = None,
-    layout: str = "map",
+    layout: str = "devices",
     mesh: Mesh | None = None,
 ) -> Callable[[Students, Network | None, Any], tuple[Students, tuple[Metrics, ...]]]:
     """The compiled, donated step of all students; for each of them it is the step of `make_train_step`.
@@ -191,7 +191,10 @@ def make_comparison_step(
       average_decay: as in `make_train_step`.
       logged_schedules: likewise.
       term_gradients_every: likewise; under "vmap" the cost is that of every step.
-      layout: how a group's students share the device, see `over_students`.
+      layout: "devices": every device has its share of each group's students, one after another, whole batches, and the
+        teacher for itself, so that devices meet once a dispatch; a group is filled up to a multiple of the devices. On
+        one device that is "map": one after another, compiled once. "vmap": all at once. "unroll": one after another,
+        each compiled by itself. Under all but "devices" every student's batch is divided among the devices.
       mesh: as in `make_train_step`.
 
     Returns:
@@ -228,20 +231,24 @@ def make_comparison_step(
     check_seed(seed)
     check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
+    apart = mesh if layout == "devices" and mesh is not None and mesh.size > 1 else None
+    dividing = None if apart else mesh  # every batch
     rest: dict[str, Any] = {
         "average_decay": average_decay,
         "logged_schedules": logged_schedules or {},
         "skip_below": 0.0,
         "term_gradients_every": term_gradients_every,
-        "mesh": mesh,
+        "mesh": dividing,
     }
     for group in groups:  # for its refusals
         make_learn(student, optimizer, group.objectives[0], **rest)
 
-    def one_step(students: Students, teacher: Network | None, data: Any) -> tuple[Students, tuple[Metrics, ...]]:
+    def one_step(
+        students: Students, arms: Sequence[Array], teacher: Network | None, data: Any
+    ) -> tuple[Students, tuple[Metrics, ...]]:
         batch = batch_of(data, students.step)
         check_batch(batch)
-        batch, key = spread_batch(batch, mesh), step_key(seed, students.step)
+        batch, key = spread_batch(batch, dividing), step_key(seed, students.step)
         taught = teach_all(teacher, batch, groups, key, students.step)
 
         def one(group: Group, taught: Taught | None, state: TrainState, arm: Array) -> tuple[TrainState, Metrics]:
@@ -249,18 +256,59 @@ def make_comparison_step(
             return learn(state, lambda terms: taught, batch, key)
 
         results = [
-            over_students(layout, partial(one, group, said), states, arms_of(group, states))
-            for group, said, states in zip(groups, taught, students.groups, strict=True)
+            over_students(layout, partial(one, group, said), states, theirs)
+            for group, said, states, theirs in zip(groups, taught, students.groups, arms, strict=True)
         ]
         return (
             Students(students.step + 1, tuple(state for state, _ in results)),
             tuple(metrics for _, metrics in results),
         )
 
+    def steps(
+        students: Students, arms: Sequence[Array], teacher: Network | None, data: Any
+    ) -> tuple[Students, tuple[Metrics, ...]]:
+        return jax.lax.scan(lambda state, _: one_step(state, arms, teacher, data), students, length=steps_per_dispatch)
+
     def dispatch(students: Students, teacher: Network | None, data: Any) -> tuple[Students, tuple[Metrics, ...]]:
-        return jax.lax.scan(lambda state, _: one_step(state, teacher, data), students, length=steps_per_dispatch)
+        arms = tuple(arms_of(group, states) for group, states in zip(groups, students.groups, strict=True))
+        return (steps if apart is None else _divided(steps, apart))(students, arms, teacher, data)
 
     return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
+
+
+Steps = Callable[[Students, Sequence[Array], Network | None, Any], tuple[Students, tuple[Metrics, ...]]]
+"""Steps of all students, whose arms are given beside them."""
+
+
+def _divided(steps: Steps, mesh: Mesh) -> Steps:
+    """The same, each group's students being divided among the devices, which have all else whole."""
+    spread: Any = (COPIED, SPREAD)
+    students_apart = Students(*spread)
+    of_device = jax.shard_map(
+        steps,
+        mesh=mesh,
+        in_specs=(students_apart, SPREAD, COPIED, COPIED),
+        out_specs=(students_apart, PartitionSpec(None, AXIS)),
+        check_vma=False,  # loops that start from constants, such as OTT's, do not pass that check
+    )
+
+    def of_all(
+        students: Students, arms: Sequence[Array], teacher: Network | None, data: Any
+    ) -> tuple[Students, tuple[Metrics, ...]]:
+        filled, theirs = jax.tree.map(partial(_filled, multiple=mesh.size), (students.groups, arms))
+        after, metrics = of_device(students._replace(groups=filled), theirs, teacher, data)
+        groups = jax.tree.map(lambda rows, whole: rows[: len(whole)], after.groups, students.groups)
+        return after._replace(groups=groups), tuple(
+            {name: rows[:, : len(whole)] for name, rows in told.items()}
+            for told, whole in zip(metrics, arms, strict=True)
+        )
+
+    return of_all
+
+
+def _filled(rows: Array, *, multiple: int) -> Array:
+    """Rows up to a multiple of a number, the last one repeated."""
+    return jnp.pad(rows, [(0, -len(rows) % multiple)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
 
 
 def arms_of(group: Group, states: TrainState) -> Int[Array, " students"]:

@@ -143,7 +143,7 @@ def tune(
     trials: int = 16,
     seeds: int = 1,
     search: str = "sobol",
-    layout: str = "map",
+    layout: str = "devices",
 ) -> dict[str, Any]:
     """Give every arm the same number of trials, and write each one's best as a config.
 

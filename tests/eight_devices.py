@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import smallest_networks
+from test_students import TEACHER, objectives, together
 
 import gompertz_jax as gj
 from gompertz_jax import terms
@@ -93,6 +94,20 @@ def train(student, teacher, goal, mesh, cases):
     return found, program.as_text()
 
 
+def students(mesh, layout):
+    """Metrics and states of every student of test_students.py, and the compiled program as text.
+
+    Six images do not divide by eight devices, nor do two students a group.
+    """
+    _, step, begun = together(objectives(), (1, 2), layout=layout, mesh=mesh, term_gradients_every=2)
+    begun, teacher = replicate((begun, TEACHER), mesh)
+    program = step.lower(begun, teacher, None).compile()
+    after, metrics = program(begun, teacher, None)
+    return {
+        str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path((after, metrics))
+    }, program.as_text()
+
+
 def transport(mesh):
     """The compiled per-image transport and its gradient, alone."""
 
@@ -127,6 +142,10 @@ def main(directory):
     alone = gj.Objective(objective().terms[:1])
     found, _ = train(per_device_batch_norm(student, eight.size), None, alone, one, ["ce"])
     np.savez(directory / "per_device.npz", **found)
+    for name, mesh, layout in (("one", one, "map"), ("eight", eight, "devices")):
+        found, text = students(mesh, layout)
+        np.savez(directory / f"students_{name}.npz", **found)
+        (directory / f"students_{name}.hlo").write_text(text)
     (directory / "transport.hlo").write_text(transport(eight))
     (directory / "meeting.hlo").write_text(meeting(eight))
 

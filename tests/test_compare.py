@@ -104,7 +104,7 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
     ("changes", "options", "message"),
     [
         ({}, {"seeds": 0}, "--seeds=0: must be at least 1"),
-        ({}, {"layout": "rows"}, "--layout=rows: must be one of map, vmap, unroll"),
+        ({}, {"layout": "rows"}, "--layout=rows: must be one of devices, map, vmap, unroll"),
         ({}, {"baseline": "kd"}, "--baseline=kd is not among the arms student, matched"),
         ({"init_from": "x"}, {}, "init_from = 'x': the seeds would all begin with the same weights"),
         ({"objective.skip_below": 0.1}, {}, "the arm 'student': objective.skip_below = 0.1"),

@@ -100,6 +100,18 @@ def collectives(lines):
     return [line for line in lines if COLLECTIVE.search(line)]
 
 
+def test_students_divided_among_devices_are_those_of_one_and_do_not_wait_for_each_other(eight):
+    one, several = np.load(eight / "students_one.npz"), np.load(eight / "students_eight.npz")
+    assert one.keys() == several.keys() and len(one.keys()) > 50
+    for path, values in one.items():
+        np.testing.assert_allclose(several[path], values, rtol=1e-4, atol=1e-6, err_msg=path)
+    text = (eight / "students_eight.hlo").read_text()
+    assert [
+        found for inner in (True, False) for lines in loops(text, inner=inner) for found in collectives(lines)
+    ] == []
+    assert collectives(text.splitlines()), "every device has all students after a dispatch"
+
+
 def test_no_device_waits_for_another_within_the_transport(eight):
     step, alone = (eight / "eight.hlo").read_text(), (eight / "transport.hlo").read_text()
     training, *others = list(loops(step, inner=False))

@@ -78,8 +78,9 @@ def test_arms_of_the_same_terms_are_a_group_whatever_their_schedules():
     assert [group.arms for group in grouped(objectives())] == [(0,), (1,), (2, 6), (3,), (4,), (5,)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "devices"])
 def test_every_student_is_its_own_run(layout):
+    """On several devices: test_sharding.py."""
     listed, seeds = objectives() if layout == "map" else objectives()[2:4], (1, 2)
     groups, step, students = together(listed, seeds, layout=layout, term_gradients_every=2)
     students, metrics = step(students, TEACHER, None)
@@ -125,7 +126,7 @@ def test_a_student_that_fails_stays_where_it_is_and_the_others_go_on():
 
 def test_mistakes_are_told():
     groups = grouped([gj.Objective((CE, KD))])
-    with pytest.raises(ValueError, match="layout must be one of map, vmap, unroll, got 'rows'"):
+    with pytest.raises(ValueError, match="layout must be one of devices, map, vmap, unroll, got 'rows'"):
         make_comparison_step(BODY, OPTIMIZER, groups, layout="rows")
     step = make_comparison_step(BODY, OPTIMIZER, groups)
     students = Students(jnp.int32(0), (stacked([begun(gj.Objective((CE, KD)), 1)]),))
