@@ -141,7 +141,12 @@ class Program:
             )
         self.state = jax.tree.map(jnp.array, state)  # the step donates it
         train_step = gj.make_train_step(
-            student, optimizer, objective, make_batch=rolled, steps_per_dispatch=steps_per_dispatch
+            student,
+            optimizer,
+            objective,
+            make_batch=rolled,
+            steps_per_dispatch=steps_per_dispatch,
+            term_gradients_every=task.get("term_gradients_every"),
         )
         del tree, student, state
 

@@ -25,7 +25,7 @@ def arms_of(config):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("compared")
-    config = small_config()
+    config = small_config(**{"recipe.learning_rate": 0.05})  # a larger one magnifies rounding
     return config, workdir, room.compare(config, workdir, arms=arms_of(config), seeds=2)
 
 
