@@ -390,6 +390,8 @@ def make_learn(
     mesh: Mesh | None,
 ) -> Callable[[TrainState, Teaching, Batch, Array], tuple[TrainState, Metrics]]:
     """The step of one student on a batch that is there; see `make_train_step`, which has the rest."""
+    if term_gradients_every is not None:
+        term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh)
 
     def learn(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
@@ -520,8 +522,6 @@ def make_train_step(
             "skip_below", skip_below, legal="0, which never skips, or more", accept=lambda number: number >= 0
         )
     )
-    if term_gradients_every is not None:
-        term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     if skip_below and any(term.reads_progress() for term in objective.terms):
         raise ValueError(
             f"skip_below = {skip_below}: a step that skips the teacher cannot measure the student's progress, which a "

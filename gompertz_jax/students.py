@@ -225,8 +225,6 @@ def make_comparison_step(
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     steps_per_dispatch = positive_count("steps_per_dispatch", steps_per_dispatch)
-    if term_gradients_every is not None:
-        term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     check_optimizer(optimizer)
     check_seed(seed)
     check_mesh(mesh)
