@@ -29,7 +29,7 @@ from .training.compilation import keep_compiled
 from .training.config import Config
 from .training.data import Dataset, of_config
 from .training.errors import RunError
-from .training.feed import Feed, Images, device_room
+from .training.feed import Feed, Images, device_room, stays_on_host
 from .training.fit import (
     Best,
     Driven,
@@ -300,9 +300,11 @@ def _curves(workdir: Path) -> dict[tuple[str, int], list[list[Any]]]:
 def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
     """Train every arm with every seed; goes on from the newest checkpoint."""
     config, content, mesh = trial.config, trial.content, data_mesh()
-    sharing = 1 if trial.layout == "devices" else mesh.size  # devices among which a student's batch is divided
-    check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
+    on_host = stays_on_host(dataset.train.images.nbytes, config.data, mesh.local_devices[0].memory_stats())
+    # The devices among which a batch is divided: on its way from the host, or for a student.
+    sharing = 1 if trial.layout == "devices" and not on_host else mesh.size
+    check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in trial.arms.items()}
@@ -318,7 +320,8 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
             batch_size=config.recipe.batch_size,
             steps=plan.steps,
             steps_per_dispatch=plan.steps_per_dispatch,
-            devices=sharing,
+            devices=mesh.size,
+            sharing=sharing,
             views=config.teacher.cache.views,
             room=device_room(config.data, mesh.local_devices[0].memory_stats()),
             label=f"{workdir}, seeds {trial.seeds[0]} to {trial.seeds[-1]}, the arm {list(objectives)[group.arms[0]]}",

@@ -471,8 +471,8 @@ def make_train_step(
       skip_below: while the weights of all terms that distil are smaller than this, teacher and distillation are not
         computed; the step is then that of the other terms alone, and the projections' running statistics rest. 0 never
         skips. It costs the compilation of one more variant of the step.
-      term_gradients_every: at how many steps once the gradient of each raw term is measured, as `make_gradient_report`
-        does, on the batch of the step. It costs one more backward pass a term at those steps; None: never.
+      term_gradients_every: n: at each n-th step the gradient of every raw term is measured, as by
+        `make_gradient_report`, on the step's batch, which costs one more backward pass a term there. None: never.
       mesh: devices to spread the batch over, with the one axis "data"; None for one device. State, teacher and metrics
         are copied to all of them. Losses, BatchNorm and gradients are those of the global batch.
 

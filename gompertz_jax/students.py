@@ -195,7 +195,7 @@ def make_comparison_step(
         teacher for itself, so that devices meet once a dispatch; a group is filled up to a multiple of the devices. On
         one device that is "map": one after another, compiled once. "vmap": all at once. "unroll": one after another,
         each compiled by itself. Under all but "devices" every student's batch is divided among the devices.
-      mesh: as in `make_train_step`.
+      mesh: devices, with the one axis "data"; None for one device. Between dispatches each has a copy of all states.
 
     Returns:
       `step(students, teacher, data) -> (students, metrics)`: per group a dict of arrays `[steps, students]`. A student

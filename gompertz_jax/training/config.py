@@ -20,7 +20,9 @@ CHANGEABLE = (
     "data.device_fraction",
     "compilation_cache",
     "evaluate_every_epochs",  # changes which steps the best may be chosen from, and no training: told, and recorded
-    "logging",
+    "logging.every_steps",
+    "logging.progress",
+    "logging.term_gradients",  # of older workdirs
     "checkpoint",
     "teacher.min_accuracy",
 )
@@ -130,8 +132,7 @@ def get_default() -> Config:
             "checkpoint": {"keep": 2},
             "logging": {
                 "every_steps": 10,  # lines in metrics.jsonl
-                # At how many steps once every raw term's gradient norm, and its cosine with the first term's, are
-                # measured and logged; 0: never
+                # Every raw term's gradient norm, and its cosine with the first term's, at each n-th step; 0: never
                 "term_gradients_every": 0,
                 "progress": True,
             },

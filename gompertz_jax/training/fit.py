@@ -596,7 +596,7 @@ class MetricsReader:
         until = np.cumsum(failed) <= 1
         measured = metrics["step"] % gradients_every == 0 if gradients_every else np.zeros_like(failed)
         for index in np.flatnonzero(until & ((metrics["step"] % self._logging.every_steps == 0) | measured | failed)):
-            without = ("failed_term", "failed_step", *(() if measured[index] else TELEMETRY))
+            without = ("failed_term", "failed_step", *(TELEMETRY if gradients_every and not measured[index] else ()))
             values = {name: column[index] for name, column in metrics.items() if not name.endswith(without)}
             line = {"step": values.pop("step"), "split": "train", **told.tags, **values}
             self._writer.write({**line, "timing": {"images_per_second": round(images_per_second, 1)}})

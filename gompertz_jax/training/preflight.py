@@ -207,6 +207,7 @@ def describe(
     steps: int,
     steps_per_dispatch: int,
     devices: int,
+    sharing: int | None = None,
     label: str,
     views: int = 0,
     room: float = math.inf,
@@ -221,7 +222,8 @@ def describe(
       batch_size: images a step, over all devices.
       steps: how many.
       steps_per_dispatch: how many of them a dispatch takes.
-      devices: among which batches are divided, over all processes.
+      devices: how many there are, over all processes.
+      sharing: among how many of them a batch is divided; None: all.
       label: of the run.
       views: of which the teacher's outputs are stored; 0 for none.
       room: bytes that these may take on a device.
@@ -280,10 +282,11 @@ def describe(
         of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
         rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {shown}{mean}"))
     epochs = steps * batch_size / len(dataset.train.labels)
-    share = f" ({batch_size // devices} a device)" if devices > 1 else ""
+    each = batch_size // (sharing or devices)
+    share = f" ({each} a device)" if devices > 1 else ""
     taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
     rows.append(("steps", taken))
-    memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, batch_size // devices)
+    memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
     return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
