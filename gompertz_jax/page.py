@@ -101,23 +101,29 @@ def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[st
 
 
 def _telemetry_figure(
-    by_arm: Mapping[str, Sequence[Mapping[str, Any]]], found: Sequence[tuple[str, str, str]], names: Sequence[str]
+    by_arm: Mapping[str, Sequence[Mapping[str, Any]]], found: Sequence[tuple[str, str, str]], names: tuple[str, ...]
 ) -> Any:
-    figure = report.new_figure(12.0, 3.8)
-    panels = dict(zip(names, figure.subplots(1, len(names)), strict=True))
+    """Of a run all terms in one row of panels; of a comparison a row for each term, whose lines are the arms."""
+    rows = sorted({term for _, term, _ in found}) if len(by_arm) > 1 else [""]
+    figure = report.new_figure(12.0, 3.6 * len(rows))
+    grid = figure.subplots(len(rows), len(names), squeeze=False)
+    arms = list(by_arm)
     for arm, term, name in found:
         at: dict[int, list[float]] = {}
         for line in by_arm[arm]:
             value = line.get(f"{term}/{name}")
             if value is not None:
                 at.setdefault(line["step"], []).append(value)
-        steps = sorted(at)
-        label = f"{arm}: {term}" if arm else term
-        panels[name].plot(steps, [float(np.mean(at[step])) for step in steps], label=label, linewidth=1)
-    for name, axes in panels.items():
-        if name in ("gradient_norm", "marginal_error"):
-            axes.set_yscale("log")
-        report.finish(axes, name.replace("_", " "), "step", legend=7)
+        steps, look = sorted(at), report.line_of(arms.index(arm)) if arm else {}
+        axes = grid[rows.index(term) if arm else 0][names.index(name)]
+        axes.plot(steps, [float(np.mean(at[step])) for step in steps], label=arm or term, linewidth=1, **look)
+    for term, panels in zip(rows, grid, strict=True):
+        for name, axes in zip(names, panels, strict=True):
+            if name in ("gradient_norm", "marginal_error"):
+                axes.set_yscale("log")
+            if name == "gradient_cosine":
+                axes.set_ylim(-1.05, 1.05)
+            report.finish(axes, " ".join((term, name.replace("_", " "))).strip(), "step", legend=7)
     return figure
 
 

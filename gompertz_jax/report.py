@@ -59,6 +59,11 @@ def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
         axes.legend(fontsize=legend)
 
 
+def line_of(number: int) -> dict[str, str]:
+    """Colour and dashes of the arm of this number, by which forty are told apart."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a picture as PNG, whole or not at all."""
     temporary = path.with_suffix(".partial.png")
@@ -239,20 +244,19 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
     over_steps, weights, points = figure.subplots(1, 3)
     shown = _most_common_term(results)
     for number, (name, arm) in enumerate(arms.items()):
-        color = f"C{number % 10}"
-        line = ("-", "--", ":", "-.")[number // 10 % 4]
+        look = line_of(number)
         whole = [student["validation"] for student in arm["students"] if student["failed_at_step"] is None]
         if whole and all(whole):
             steps = [step for step, _ in whole[0]]
             values = np.array([[accuracy for _, accuracy in curve] for curve in whole])
             mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
-            over_steps.plot(steps, mean, line, color=color, label=name, linewidth=1.2)
-            over_steps.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+            over_steps.plot(steps, mean, label=name, linewidth=1.2, **look)
+            over_steps.fill_between(steps, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
         if (numbers := arm["schedules"].get(shown)) is not None:
-            weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], line, color=color, label=name)
+            weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], label=name, **look)
         finals = [student.get("test_accuracy_last") for student in arm["students"]]
         finals = [value for value in finals if value is not None]
-        points.plot(finals, [number] * len(finals), "o", color=color, alpha=0.6, markersize=4)
+        points.plot(finals, [number] * len(finals), "o", color=look["color"], alpha=0.6, markersize=4)
         if finals:
             points.plot([np.mean(finals)], [number], "|", color="black", markersize=16)
     points.set_yticks(range(len(arms)), list(arms))
