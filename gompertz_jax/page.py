@@ -104,7 +104,7 @@ def _telemetry_figure(
     by_arm: Mapping[str, Sequence[Mapping[str, Any]]], found: Sequence[tuple[str, str, str]], names: tuple[str, ...]
 ) -> Any:
     """Of a run all terms in one row of panels; of a comparison a row for each term, whose lines are the arms."""
-    rows = sorted({term for _, term, _ in found}) if len(by_arm) > 1 else [""]
+    rows = [""] if "" in by_arm else sorted({term for _, term, _ in found})
     figure = report.new_figure(12.0, 3.6 * len(rows))
     grid = figure.subplots(len(rows), len(names), squeeze=False)
     arms = list(by_arm)
