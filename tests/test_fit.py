@@ -163,3 +163,14 @@ def test_transport_that_does_not_converge_is_counted_and_told_once_and_the_teach
     assert "A larger objective.terms.wasserstein.epsilon converges sooner" in out
     for leaf, was in zip(jax.tree.leaves(teacher), before, strict=True):
         assert np.asarray(leaf).tobytes() == was.tobytes()
+
+
+def test_a_step_whose_gradients_are_measured_has_a_line_and_no_other_line_has_their_names(tmp_path):
+    run(tmp_path, **{"logging.every_steps": 4, "logging.term_gradients_every": 6})
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [step for step in range(39) if step % 4 == 0 or step % 6 == 0]
+    for line in lines:
+        assert ("ce/gradient_norm" in line) == ("ce/gradient_cosine" in line) == (line["step"] % 6 == 0)
+        assert "gradient_norm" in line
+        if "ce/gradient_norm" in line:  # of the only term, at weight 1
+            np.testing.assert_allclose(line["ce/gradient_norm"], line["gradient_norm"], rtol=1e-5)
