@@ -1,5 +1,7 @@
 """How a recipe becomes steps, dispatches and evaluations, and what the loop over them leaves alone."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -70,6 +72,7 @@ def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, mo
         seen.append((len(compiled), sum(array.nbytes for array in alive), images, jax.config.jax_transfer_guard))
 
     monkeypatch.setattr(fit.MetricsReader, "take", take)
+    gc.collect()  # what earlier tests left alive is not this run's
     fitted = run(tmp_path, **{"recipe.epochs": 10, "data.placement": "device"})
     assert fitted.best_accuracy > 0.8
     programs, memory, images, guard = zip(*seen[2:], strict=True)
