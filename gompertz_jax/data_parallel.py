@@ -61,6 +61,12 @@ def whole_batch(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..
     return _mapped(mesh, COPIED)
 
 
+def each_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A function that every device runs by itself on its parts of the arguments."""
+    # Loops that start from constants, such as OTT's, do not pass the check.
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     if mesh is None or mesh.size == 1:
         return lambda function: function
@@ -69,13 +75,8 @@ def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., A
         def run(*arrays: Array, **scalars: Any) -> Any:
             traced = {name: value for name, value in scalars.items() if isinstance(value, jax.Array)}
             fixed = {name: value for name, value in scalars.items() if name not in traced}
-            return jax.shard_map(
-                lambda arrays, traced: function(*arrays, **traced, **fixed),
-                mesh=mesh,
-                in_specs=(spec, COPIED),
-                out_specs=spec,
-                check_vma=False,  # loops that start from constants, such as OTT's, do not pass that check
-            )(arrays, traced)
+            alone = each_device(lambda arrays, traced: function(*arrays, **traced, **fixed), mesh, (spec, COPIED), spec)
+            return alone(arrays, traced)
 
         return run
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from ._numerics import checked, positive_count
-from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, spread_batch
+from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, each_device, spread_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import Taught
@@ -282,12 +282,8 @@ def _divided(steps: Steps, mesh: Mesh) -> Steps:
     """The same, each group's students being divided among the devices, which have all else whole."""
     spread: Any = (COPIED, SPREAD)
     students_apart = Students(*spread)
-    of_device = jax.shard_map(
-        steps,
-        mesh=mesh,
-        in_specs=(students_apart, SPREAD, COPIED, COPIED),
-        out_specs=(students_apart, PartitionSpec(None, AXIS)),
-        check_vma=False,  # loops that start from constants, such as OTT's, do not pass that check
+    of_device = each_device(
+        steps, mesh, (students_apart, SPREAD, COPIED, COPIED), (students_apart, PartitionSpec(None, AXIS))
     )
 
     def of_all(
