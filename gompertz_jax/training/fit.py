@@ -372,12 +372,11 @@ def drive(
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
                 accuracies = []
                 for told in program.students(jax.device_get(found.line)) if found.line else ():
-                    line = {name: value.item() for name, value in told.metrics.items()}
-                    if not line or reader.has_failed(told):
+                    if held is None or reader.has_failed(told):
                         continue
-                    if held is not None:
-                        line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
-                        accuracies.append(line["accuracy"])
+                    line = {name: value.item() for name, value in told.metrics.items()}
+                    line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
+                    accuracies.append(line["accuracy"])
                     writer.write({"step": step, "split": "validation", **told.tags, **line})
                 if accuracies:
                     progress.validation_accuracy = sum(accuracies) / len(accuracies)
