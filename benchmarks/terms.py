@@ -6,8 +6,9 @@
 The steps are those of step_time.py, on the same weights, batch statistics and images, all in one process, where they
 take turns: a dispatch of each a round, so that a drift of the machine falls on all. `/ KD` is the median over the
 rounds of a step's seconds over the KD step's in the same round, with the smallest and largest; `flops / KD` the same of
-the operations that XLA counts, in which a loop counts as one turn. The last row measures every term's gradient at every
-step (`term_gradients_every=1`); one step in fifty costs a fiftieth of what it adds.
+the operations that XLA counts, in which a loop counts as one turn. The last rows are a full step of a run that measures
+its terms' gradients: one at which they are measured (`term_gradients_every=1`), and one at which they are not, which has
+the branch and does not take it.
 """
 
 import argparse
@@ -27,7 +28,8 @@ def tasks(pair, batch):
     teacher, _, student = pair.partition("-")
     common = TASK | {"teacher": teacher, "student": student, "batch": batch, "dtype": "float32"}
     rows = {TOLD[row]: common | {"weights": {term: WEIGHTS[term] for term in terms}} for row, terms in ROWS.items()}
-    return rows | {"full, measured": rows["full"] | {"term_gradients_every": 1}}
+    every = {"full, measured": 1, "full, not measured": 10**9}
+    return rows | {name: rows["full"] | {"term_gradients_every": steps} for name, steps in every.items()}
 
 
 def main():
@@ -56,14 +58,14 @@ def main():
         for name, program in programs.items():
             seconds[name].append(program.run(FEWEST_STEPS)["seconds"] / FEWEST_STEPS)
     assert all(program.finish()["sound"] for program in programs.values())
-    print(f"{'':<16}{'ms a step':>10}{'/ KD':>26}{'flops / KD':>12}")
+    print(f"{'':<20}{'ms a step':>10}{'/ KD':>26}{'flops / KD':>12}")
     rows = {}
     for name, values in seconds.items():
         ratios = [own / kd for own, kd in zip(values, seconds["KD"], strict=True)]
         flops = prepared[name]["flops"] / prepared["KD"]["flops"]
         rows[name] = {"seconds": values, "ratios": ratios, "flops": flops}
         told = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"{name:<16}{1e3 * statistics.median(values):>10.1f}{told:>26}{flops:>12.2f}")
+        print(f"{name:<20}{1e3 * statistics.median(values):>10.1f}{told:>26}{flops:>12.2f}")
     iterations = prepared["KD + W"]["sinkhorn_iterations"]
     print(f"\nSinkhorn takes {iterations:.0f} iterations")
     save_record(options, hardware(), found, rows=rows, sinkhorn_iterations=iterations)
