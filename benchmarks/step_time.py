@@ -64,7 +64,9 @@ TASK = {
     "check_every": 5,
     "max_iterations": 1000,
     "pool": 4,
-    "learning_rate": 0.001,  # small, so that rounding does not grow between the steps that are compared
+    # Small, so that rounding does not grow between the steps that are compared: at 1e-3 the gradient norms of the two
+    # sides' MobileNetV2 are 2e-3 apart at the first step, on the same weights, and 2e-2 at the third.
+    "learning_rate": 1e-4,
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "checked_steps": 3,
