@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import report
 from .training.errors import RunError
 from .training.writer import METRICS, read_json, read_metrics, replace_text
@@ -30,7 +28,7 @@ def write(workdir: Path, out: Path) -> None:
     """Write the page of what is in a workdir.
 
     Args:
-      workdir: of a run or a comparison, finished or not.
+      workdir: of a run, a comparison or a search, finished or not.
       out: the file.
 
     Raises:
@@ -39,6 +37,10 @@ def write(workdir: Path, out: Path) -> None:
     lines = read_metrics(workdir / METRICS)
     if (workdir / "results.json").exists():
         body = _comparison(read_json(workdir / "results.json"), lines)
+    elif (workdir / "tune.json").exists():
+        body = _search(read_json(workdir / "tune.json"), lines)
+    elif (workdir / "config.json").exists() and "arms" in (content := read_json(workdir / "config.json")):
+        body = _going(content, lines)
     elif (workdir / "config.json").exists():
         result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
         body = _run(result, read_json(workdir / "config.json"), lines)
@@ -76,11 +78,39 @@ def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
             yield f"<h2>{caption}</h2>" + _table(report.comparison_rows(comparison, figure))
     yield "<h2>Arms</h2>" + _table(report.schedule_table(report.schedules_of(results)))
     yield _table([("arm", ""), *((name, arm["about"]) for name, arm in results["arms"].items())])
-    by_arm: dict[str, list[Mapping[str, Any]]] = {}
-    for line in lines:
-        by_arm.setdefault(line["arm"], []).append(line)
-    yield from _telemetry(by_arm)
+    if failed := report.failures(results):
+        yield f"<p>{html.escape(failed)}</p>"
+    if results.get("pulls"):  # not in those of older versions
+        yield f"<h2>{report.PULLS}</h2>" + _table(report.pull_table(results["pulls"]))
+    yield from _telemetry(_by_arm(lines))
     yield from _provenance(results, results["config"])
+
+
+def _search(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    from .tune import best_trials
+
+    yield f"<p>{result['trials']} {html.escape(result['search'])} trials of every arm, by validation accuracy.</p>"
+    yield _table(best_trials(result))
+    yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
+    yield from _telemetry(_by_arm(lines))
+    yield from _provenance(result, result["config"])
+
+
+def _going(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """A comparison or a search that has not ended."""
+    steps = max((line["step"] for line in lines), default=0)
+    yield f"<p>Not finished: {steps:,} steps of {len(config['arms'])} arms so far.</p>"
+    if lines:
+        yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
+        yield from _telemetry(_by_arm(lines))
+    yield from _provenance({}, config)
+
+
+def _by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["arm"], []).append(line)
+    return found
 
 
 def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
@@ -109,14 +139,9 @@ def _telemetry_figure(
     grid = figure.subplots(len(rows), len(names), squeeze=False)
     arms = list(by_arm)
     for arm, term, name in found:
-        at: dict[int, list[float]] = {}
-        for line in by_arm[arm]:
-            value = line.get(f"{term}/{name}")
-            if value is not None:
-                at.setdefault(line["step"], []).append(value)
-        steps, look = sorted(at), report.line_of(arms.index(arm)) if arm else {}
+        look = report.line_of(arms.index(arm)) if arm else {}
         axes = grid[rows.index(term) if arm else 0][names.index(name)]
-        axes.plot(steps, [float(np.mean(at[step])) for step in steps], label=arm or term, linewidth=1, **look)
+        axes.plot(*report.over_seeds(by_arm[arm], f"{term}/{name}"), label=arm or term, linewidth=1, **look)
     for term, panels in zip(rows, grid, strict=True):
         for name, axes in zip(names, panels, strict=True):
             if name in ("gradient_norm", "marginal_error"):

@@ -132,6 +132,61 @@ def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     return found
 
 
+def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How hard each term pulled on the students of each arm where it was measured, as means over the seeds.
+
+    A pull is the norm of a raw term's gradient times its weight, over the same of the arm's first term.
+
+    Args:
+      terms_of: arm -> the names of its terms, in order.
+      lines: of a comparison's metrics.jsonl.
+
+    Returns:
+      `{arm: {term: {"step": [...], "norm": [...], "pull": [...], "cosine": [...]}}}`, the cosine with the first term's
+      gradient; empty where nothing was measured. What is not finite in a student is left out, and a step at which
+      nothing of a term is finite.
+    """
+    found: dict[tuple[str, str], dict[int, list[tuple[float, float, float]]]] = {}
+    for line in lines:
+        if line["split"] != "train":
+            continue
+        arm = line["arm"]
+        norms = {name: line.get(f"{name}/gradient_norm") for name in terms_of[arm]}
+        weighted = {name: line[f"{name}/weight"] * norm for name, norm in norms.items() if norm is not None}
+        first = weighted.get(terms_of[arm][0])
+        for name, pull in weighted.items():
+            cosine = line.get(f"{name}/gradient_cosine")
+            if first and cosine is not None:
+                at = found.setdefault((arm, name), {}).setdefault(line["step"], [])
+                at.append((norms[name], pull / first, cosine))
+
+    def averaged(at: Mapping[int, Any]) -> dict[str, Any]:
+        norm, pull, cosine = np.array([np.mean(at[step], axis=0) for step in sorted(at)]).T.tolist()
+        return {"step": sorted(at), "norm": norm, "pull": pull, "cosine": cosine}
+
+    measured = {
+        arm: {name: averaged(found[arm, name]) for name in names if (arm, name) in found}
+        for arm, names in terms_of.items()
+    }
+    return {arm: terms for arm, terms in measured.items() if terms}
+
+
+def pull_table(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What `pulls` found of every term but the first, as ranges over the steps."""
+
+    def span(values: Sequence[float], digits: str) -> str:
+        low, high = f"{min(values):{digits}}", f"{max(values):{digits}}"
+        return low if low == high else f"{low} to {high}"
+
+    columns = {"norm": ".2g", "pull": ".2g", "cosine": ".2f"}
+    rows: list[tuple[str, ...]] = [("arm", "term", "gradient norm", "pull", "cosine")]
+    for arm, terms in measured.items():
+        for term, numbers in list(terms.items())[1:]:
+            rows.append((arm, term, *(span(numbers[key], digits) for key, digits in columns.items())))
+            arm = ""
+    return rows
+
+
 def _percent(value: float | None, *, sign: bool = False) -> str:
     return "" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
@@ -169,6 +224,8 @@ CAPTIONS = {
     "best": "Test accuracy of the weights that validation chose",
 }
 
+PULLS = "How hard each term pulls, beside the first"
+
 
 def summary_of(results: Mapping[str, Any]) -> str:
     """What was compared, and how its numbers are to be read."""
@@ -193,13 +250,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             lines += ["", f"## {caption}", "", *markdown_table(comparison_rows(comparison, figure))]
     lines += ["", "## Arms", "", *markdown_table(schedule_table(schedules_of(results)))]
     lines += ["", *(f"- `{name}`: {arm['about']}" for name, arm in results["arms"].items())]
-    if failed := [
-        f"`{name}`, seed {student['seed']}, at step {student['failed_at_step']:,}"
-        for name, arm in results["arms"].items()
-        for student in arm["students"]
-        if student["failed_at_step"] is not None
-    ]:
-        lines += ["", f"Not finite, and left out: {'; '.join(failed)}."]
+    if results.get("pulls"):  # not in those of older versions
+        lines += ["", f"## {PULLS}", "", *markdown_table(pull_table(results["pulls"]))]
+    if failed := failures(results):
+        lines += ["", failed]
     timing = results["timing"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += [
@@ -209,6 +263,17 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"commit {results['commit']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def failures(results: Mapping[str, Any]) -> str:
+    """Which students are left out because they did not stay finite; "" if none."""
+    failed = [
+        f"{name}, seed {student['seed']}, at step {student['failed_at_step']:,}"
+        for name, arm in results["arms"].items()
+        for student in arm["students"]
+        if student["failed_at_step"] is not None
+    ]
+    return f"Not finite, and left out: {'; '.join(failed)}." if failed else ""
 
 
 def schedules_of(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,6 +300,27 @@ def _most_common_term(results: Mapping[str, Any]) -> str:
         for term in list(arm["schedules"])[1:]:
             counts[term] = counts.get(term, 0) + 1
     return max(counts, key=lambda term: (counts[term], term), default="")
+
+
+def over_seeds(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps at which the lines have a value, and its means over the lines of each."""
+    at: dict[int, list[float]] = {}
+    for line in lines:
+        if line.get(key) is not None:
+            at.setdefault(line["step"], []).append(line[key])
+    steps = sorted(at)
+    return steps, [float(np.mean(at[step])) for step in steps]
+
+
+def validation_figure(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Validation accuracy over steps of every arm, the mean over its students, from the lines of metrics.jsonl."""
+    figure = new_figure(12.0, 4.6)
+    axes = figure.subplots()
+    for number, (arm, lines) in enumerate(by_arm.items()):
+        held_out = [line for line in lines if line["split"] == "validation"]
+        axes.plot(*over_seeds(held_out, "accuracy"), label=arm, linewidth=1.2, **line_of(number))
+    finish(axes, "validation accuracy, mean over seeds", "step", legend=7)
+    return figure
 
 
 def comparison_figure(results: Mapping[str, Any]) -> Any:

@@ -103,12 +103,35 @@ def test_a_comparison_has_its_tables_arms_and_telemetry(tmp_path):
     last = results["comparison"]["last"]
     assert last["matched"]["mean"] == pytest.approx(0.905) and last["gompertz"]["n"] == 1
     assert last["gompertz"]["difference"]["mean"] == pytest.approx(-0.01) and results["comparison"]["best"] == {}
-    assert "`gompertz`, seed 0, at step 7" in report.as_markdown(results)
+    assert "left out: gompertz, seed 0, at step 7." in report.as_markdown(results)
     write(tmp_path, [{"step": 20, "arm": "gompertz", "seed": seed, **TOLD} for seed in (0, 1)], results=results)
     words, pictures = of(tmp_path)
     for told in ("90.50 ± 0.71", "-1.00", "baseline", "the arm gompertz", "kd (by progress)", "Gradient norm of each"):
         assert told in words, told
-    assert pictures == 2
+    assert pictures == 2 and "left out: gompertz, seed 0, at step 7." in words
+
+
+def lines_of_arms():
+    train = [{"step": 20, "arm": arm, "seed": seed, **TOLD} for arm in ("kd-0", "kd-1") for seed in (0, 1)]
+    held = {"split": "validation", "accuracy": 0.5}
+    return [*train, *({"step": 20, "arm": arm, "seed": 0, **held} for arm in ("kd-0", "kd-1"))]
+
+
+def test_a_comparison_that_is_going_is_told_by_arm(tmp_path):
+    write(tmp_path, [], config={"arms": {"kd-0": {}, "kd-1": {}}})
+    words, pictures = of(tmp_path)
+    assert "Not finished: 0 steps of 2 arms so far." in words and pictures == 0
+    write(tmp_path, lines_of_arms(), config={"arms": {"kd-0": {}, "kd-1": {}}})
+    words, pictures = of(tmp_path)
+    assert "Not finished: 20 steps of 2 arms so far." in words and "Validation accuracy" in words and pictures == 2
+
+
+def test_a_search_that_has_ended_has_its_table(tmp_path):
+    trial = {"trial": 1, "values": {"kd.weight": 0.5}, "validation_accuracy": 0.75}
+    tune = {"trials": 2, "search": "sobol", "tuned": {"kd": [trial]}, "config": {}, **PROVENANCE}
+    write(tmp_path, lines_of_arms(), config={"arms": {"kd-0": {}, "kd-1": {}}}, tune=tune)
+    words, pictures = of(tmp_path)
+    assert "2 sobol trials" in words and "75.00" in words and "kd.weight 0.5" in words and pictures == 2
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

@@ -37,3 +37,32 @@ def test_curves_are_drawn_from_the_metrics_also_with_gaps(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100
     report.save(report.curves([]), tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
+
+
+def measured_line(step, seed, ce, kd, cosine, arm="kd"):
+    return {
+        "step": step, "split": "train", "arm": arm, "seed": seed, "ce/weight": 0.5, "ce/gradient_norm": ce,
+        "ce/gradient_cosine": 1.0, "kd/weight": 2.0, "kd/gradient_norm": kd, "kd/gradient_cosine": cosine,
+    }  # fmt: skip
+
+
+def test_pulls_are_ratios_of_weighted_gradients_averaged_over_seeds():
+    lines = [
+        measured_line(9, 0, 4.0, 1.0, 0.5),
+        measured_line(9, 1, 2.0, 3.0, 0.3),
+        {"step": 10, "split": "validation", "arm": "kd", "seed": 0, "accuracy": 0.5},
+        {"step": 10, "split": "train", "arm": "kd", "seed": 0, "ce/weight": 0.5, "kd/weight": 2.0},
+        measured_line(19, 0, None, None, None),  # a student that failed
+        measured_line(19, 1, 1.0, 1.0, -0.1),
+        measured_line(29, 0, None, None, None),
+    ]
+    found = report.pulls({"kd": ["ce", "kd"], "student": ["ce"]}, lines)
+    assert list(found) == ["kd"] and list(found["kd"]) == ["ce", "kd"]
+    assert found["kd"]["ce"] == {"step": [9, 19], "norm": [3.0, 1.0], "pull": [1.0, 1.0], "cosine": [1.0, 1.0]}
+    assert found["kd"]["kd"] == {"step": [9, 19], "norm": [2.0, 1.0], "pull": [3.5, 4.0], "cosine": [0.4, -0.1]}
+    assert report.pull_table(found)[1:] == [("kd", "kd", "1 to 2", "3.5 to 4", "-0.10 to 0.40")]
+
+
+def test_nothing_measured_gives_no_pulls():
+    lines = [{"step": 0, "split": "train", "arm": "a", "seed": 0, "ce/weight": 1.0}]
+    assert report.pulls({"a": ["ce"]}, lines) == {}
