@@ -5,7 +5,7 @@ the objective. The students' validation chooses, and the test images are read on
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,14 @@ from .preview import read
 from .projections import measure_teacher
 from .schedules import ByProgress
 from .step import HEALTHY, TrainState, init_state, make_eval_step
-from .students import LAYOUTS, Group, Students, grouped, make_comparison_step, over_students, stacked
+from .students import LAYOUTS, Group, Students, divides, grouped, make_comparison_step, over_students, stacked
 from .training import config as config_module
 from .training import preflight
 from .training.compilation import keep_compiled
 from .training.config import Config
 from .training.data import Dataset, of_config
 from .training.errors import RunError
-from .training.feed import Feed, Images, device_room, stays_on_host
+from .training.feed import Feed, Images, device_room
 from .training.fit import (
     Best,
     Driven,
@@ -43,7 +43,7 @@ from .training.fit import (
     teacher_outputs,
 )
 from .training.loop import Teacher, finished, obtain_teacher, order_seed, student_seed, teacher_shapes
-from .training.objectives import build_objective, sampled
+from .training.objectives import build_objective, corners, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
 from .training.sharding import check_batch, data_mesh, on_main, replicate, say, together
 from .training.stop import Stop
@@ -143,10 +143,36 @@ def _changed(config: Config, name: str, change: Arm) -> Config:
     for family, what in ((SCORES, "class scores"), (TRANSPORT, "transport"), (GRADIENTS, "gradients")):
         if change.keeps is not None and family & change.keeps and not family & kept:
             raise RunError(f"the arm {name!r} keeps terms of {what}, and the config's objective has none")
+    scores = [key for key, spec in terms.items() if spec.loss in SCORES]
+    if change.scores and len(scores) > 1:
+        raise RunError(
+            f"the arm {name!r} shares one weight between the cross-entropy and one term on class scores, and there are "
+            f"{len(scores)}: {', '.join(scores)}; leave the arm out, or give it a config of its own"
+        )
     if name.split("_")[-1] == "gompertz" and "gompertz" not in own:
         raise RunError(f"the arm {name!r} is one under objective.curve = {own!r}, which is no Gompertz curve")
     objective.curve = change.curve.format(curve=own)
     return changed
+
+
+def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], steps: int) -> None:
+    """Refuse two arms that would train the same students.
+
+    Raises:
+      RunError: names them, and what may be the reason.
+    """
+    names = list(objectives)
+    for group in groups:
+        seen: dict[Any, str] = {}
+        for index, objective in zip(group.arms, group.objectives, strict=True):
+            schedules = [s for term in objective.terms for s in (term.weight, *term.schedules.values())]
+            said = tuple((isinstance(s, ByProgress), sampled(s, steps).tobytes()) for s in schedules)
+            other = seen.setdefault(said, names[index])
+            if other != names[index]:
+                raise RunError(
+                    f"the arms {other!r} and {names[index]!r} are the same objective at every step: leave one out. "
+                    "An arm changes objective.curve, which counts only where a term's weight reads it: '1 * curve'"
+                )
 
 
 def with_student(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:
@@ -233,7 +259,8 @@ class Trained(NamedTuple):
 
     def results(self, workdir: Path, tested: Tested | None = None) -> dict[str, Any]:
         """What is known of all students, and without `tested` nothing of the test images."""
-        curves = _curves(workdir)
+        lines = read_metrics(workdir / METRICS)
+        curves = _curves(lines)
         trial, held = self.trial, self.dataset.validation
         listed: dict[str, dict[str, Any]] = {
             name: {
@@ -279,6 +306,7 @@ class Trained(NamedTuple):
             "order_seed": order_seed(trial.config),
             "layout": trial.layout,
             "arms": listed,
+            "pulls": report.pulls({name: list(self.schedules[name]) for name in trial.arms}, lines),
             "config": trial.content,
             "timing": {
                 "train_seconds": round(self.driven.clock.total_seconds, 3),
@@ -288,10 +316,10 @@ class Trained(NamedTuple):
         }
 
 
-def _curves(workdir: Path) -> dict[tuple[str, int], list[list[Any]]]:
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[list[Any]]]:
     """Validation accuracy over steps, by arm and seed."""
     found: dict[tuple[str, int], list[list[Any]]] = {}
-    for line in read_metrics(workdir / METRICS):
+    for line in lines:
         if line["split"] == "validation" and line.get("accuracy") is not None:
             found.setdefault((line["arm"], line["seed"]), []).append([line["step"], line["accuracy"]])
     return found
@@ -300,17 +328,16 @@ def _curves(workdir: Path) -> dict[tuple[str, int], list[list[Any]]]:
 def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
     """Train every arm with every seed; goes on from the newest checkpoint."""
     config, content, mesh = trial.config, trial.content, data_mesh()
-    dataset = together(lambda: of_config(config.data))
-    on_host = stays_on_host(dataset.train.images.nbytes, config.data, mesh.local_devices[0].memory_stats())
-    # The devices among which a batch is divided: on its way from the host, or for a student.
-    sharing = 1 if trial.layout == "devices" and not on_host else mesh.size
+    sharing = mesh.size if divides(trial.layout) else 1  # the devices that share a batch
     check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
+    dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in trial.arms.items()}
     distils = any(term.distils for objective in objectives.values() for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
     groups = grouped(list(objectives.values()))
+    check_differ(objectives, groups, plan.steps)
     described = [
         preflight.describe(
             dataset,
@@ -456,6 +483,7 @@ def _program(
         students=told,
         network=network,
         objectives=kinds,
+        divided=divides(layout),
     )
 
 
@@ -503,11 +531,11 @@ def schedule_rows(objective: Objective, config: Config, steps: int) -> dict[str,
     rows = {}
     for term in objective.terms:
         values = sampled(term.weight, steps).astype(np.float64)
-        reading = read(values, rates)
+        reading, (start, _, middle, _, end) = read(values, rates), corners(values)
         rows[term.name] = {
-            "start": float(values[0]),
-            "middle": float(values[len(values) // 2]),
-            "end": float(values[-1]),
+            "start": start,
+            "middle": middle,
+            "end": end,
             "area": reading.area,
             "weighted_area": reading.weighted_area,
             "by_progress": isinstance(term.weight, ByProgress),

@@ -39,6 +39,11 @@ from .step import (
 LAYOUTS = ("devices", "map", "vmap", "unroll")
 
 
+def divides(layout: str) -> bool:
+    """Whether a layout divides batches among the devices; else each has them whole."""
+    return layout != "devices"
+
+
 class Group(NamedTuple):
     """Arms that differ in schedules only.
 
@@ -229,7 +234,7 @@ def make_comparison_step(
     check_seed(seed)
     check_mesh(mesh)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
-    apart = mesh if layout == "devices" and mesh is not None and mesh.size > 1 else None
+    apart = mesh if not divides(layout) and mesh is not None and mesh.size > 1 else None
     dividing = None if apart else mesh  # every batch
     rest: dict[str, Any] = {
         "average_decay": average_decay,

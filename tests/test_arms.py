@@ -64,6 +64,11 @@ def test_an_arm_that_the_config_cannot_give_is_refused():
     config.objective.curve = "linear()"
     with pytest.raises(RunError, match=r"the arm 'gompertz' is one under objective.curve = 'linear\(\)'"):
         arm(config, "gompertz")
+    config.objective.terms.other = {"loss": "intraclass_correlation"}
+    for name in ("kd", "budget"):
+        with pytest.raises(RunError, match=f"the arm '{name}' shares one weight .* there are 2: kd, other; leave"):
+            arm(config, name)
+    arm(config, "constant")
     del config.objective.terms["wasserstein"]
     with pytest.raises(RunError, match="the arm 'transport' keeps terms of transport"):
         arm(config, "transport")

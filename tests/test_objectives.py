@@ -126,6 +126,18 @@ def test_objectives_that_cannot_be_are_refused(key, value, message):
         room.build_objective(config, 100)
 
 
+def test_the_cross_entropy_comes_first_whatever_its_name():
+    config = get_default()
+    config.objective.terms.labels = config.objective.terms.ce
+    del config.objective.terms["ce"]
+    assert [term.name for term in room.build_objective(config, 100).terms] == [
+        "labels",
+        "gradient",
+        "kd",
+        "wasserstein",
+    ]
+
+
 def test_an_objective_of_nothing_is_refused():
     config = get_default()
     for term in config.objective.terms.values():

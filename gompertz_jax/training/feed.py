@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..data_parallel import AXIS
+from ..data_parallel import AXIS, COPIED
 from .augment import batch_indices, make_batch
 from .config import Config
 from .data import Dataset
@@ -85,7 +85,8 @@ def device_room(options: Config, memory: Mapping[str, int] | None) -> float:
 class Feed:
     """What a dispatch reads, by its first step, and how a step makes its batch from that.
 
-    Used as a context manager: one thread gathers ahead.
+    Used as a context manager: one thread gathers ahead. Images from the host are divided among the devices, batch by
+    batch, or with `divided=False` whole on each.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class Feed:
         augment: Config,
         steps_per_dispatch: int,
         mesh: Mesh,
+        divided: bool = True,
         views: int = 0,
         outputs: Mapping[str, jax.Array] | None = None,
     ):
-        self._data, self._mesh, self._outputs = data, mesh, outputs or {}
+        self._data, self._outputs = data, outputs or {}
+        self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS) if divided else COPIED)
         self._steps = steps_per_dispatch
         self._gathered: dict[int, Future[Held]] = {}
         self._thread = ThreadPoolExecutor(1, "gather")
@@ -138,13 +141,12 @@ class Feed:
         # On the CPU, where there is one: an accelerator would answer only after the dispatches before it.
         with jax.default_device(_cpu()):
             order = np.asarray(self._order(np.arange(step, step + self._steps)))
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
 
         def spread(source: Any) -> jax.Array:
             def share(part: Any) -> np.ndarray:  # of one device; no process reads what is another's
                 return source[order[part[:2]]]
 
-            return jax.make_array_from_callback((*order.shape, *source.shape[1:]), sharding, share)
+            return jax.make_array_from_callback((*order.shape, *source.shape[1:]), self._sharding, share)
 
         return spread(self._data.images), spread(self._data.labels)
 

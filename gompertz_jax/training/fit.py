@@ -115,6 +115,7 @@ class Program(NamedTuple):
       students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
       network: whose outputs have the shapes of every student's.
       objectives: of all students, each kind once.
+      divided: whether batches are divided among the devices; else each has them whole.
     """
 
     state: Any
@@ -125,6 +126,7 @@ class Program(NamedTuple):
     students: "Callable[[Any], Iterable[Told]]"
     network: Network
     objectives: tuple[Objective, ...]
+    divided: bool = True
 
 
 class Told(NamedTuple):
@@ -337,6 +339,7 @@ def drive(
                 augment=config.augment,
                 steps_per_dispatch=plan.steps_per_dispatch,
                 mesh=mesh,
+                divided=program.divided,
                 views=views,
                 outputs=outputs,
             )
@@ -411,6 +414,7 @@ def drive(
             if pending is not None:
                 conclude(*pending)
             checkpoints.wait()
+            reader.close()
             if step < plan.steps:
                 say(f"{label}: saved at step {step:,} of {plan.steps:,}")
     return Driven(state, best, clock, not_converged)
@@ -586,6 +590,11 @@ class MetricsReader:
             accuracy=float(np.mean([metrics["accuracy"] for metrics in going])),
             images_per_second=images / elapsed,
         )
+
+    def close(self) -> None:
+        """Count what came after the last metrics, too: the last evaluation, and saving."""
+        if self._clock.images:
+            self._clock.step_seconds += time.monotonic() - self._last_read
 
     def _read(self, told: Told, images_per_second: float) -> str | None:
         """Write what a student's metrics say; how it failed, if it did."""

@@ -219,7 +219,12 @@ def build_objective(config: Config, total_steps: int) -> Objective:
     rate = rate_by_step(config.recipe, total_steps)
     curve = parse_schedule(config.objective.curve, total_steps, rate=rate, where="objective.curve")
     built, projections = [], {}
-    for name, spec in sorted(config.objective.terms.items(), key=lambda item: (item[0] != "ce", item[0])):
+
+    def place(item: tuple[str, Any]) -> tuple[bool, str]:  # the cross-entropy first: telemetry is measured against it
+        name, spec = item
+        return getattr(spec, "loss", None) != "cross_entropy", name
+
+    for name, spec in sorted(config.objective.terms.items(), key=place):
         where = f"objective.terms.{name}"
         if not isinstance(spec, ml_collections.ConfigDict):
             raise RunError(f"{where} = {spec!r} must be a group of keys with a loss")
