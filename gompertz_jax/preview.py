@@ -10,6 +10,7 @@ import numpy as np
 from . import report
 from .schedules import ByProgress
 from .training.config import Config, check
+from .training.data import IMAGES
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
 from .training.optim import rate_by_step
 
@@ -17,6 +18,7 @@ from .training.optim import rate_by_step
 # many, so that what is compiled for it serves here too.
 STEPS = 1000
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
+OVER = {"gompertz": {"rate": 1e3}, "logistic": {"rate": 1e3, "midpoint": 0.0}}  # curves at their asymptote
 
 
 class Reading(NamedTuple):
@@ -57,12 +59,17 @@ def read(values: np.ndarray, rates: np.ndarray) -> Reading:
 
 
 class Preview(NamedTuple):
-    """All schedules of a config: values by name at every step, which of them progress drives, and what to doubt."""
+    """All schedules of a config: values by name at every step, which of them progress drives, and what to doubt.
+
+    `epochs` are those of training, `steps` too, None where the number of images is known only once they are read.
+    """
 
     values: Mapping[str, np.ndarray]
     readings: Mapping[str, Reading]
     by_progress: frozenset[str]
     warnings: Sequence[str]
+    epochs: int
+    steps: int | None
 
 
 def preview(config: Config, *, control: Config | None = None) -> Preview:
@@ -74,7 +81,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
 
     Returns:
       The values and their readings, with warnings: a curve that is saturated before 5 % of training or never passes
-      half of its asymptote of 1, a rate that looks like one per epoch, an area that is not the control's.
+      half of its asymptote, a rate that looks like one per epoch, an area that is not the control's.
 
     Raises:
       RunError: a value or a schedule of the config that a run would refuse.
@@ -90,7 +97,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
     values = {name: sampled(schedule, STEPS) for name, schedule in schedules.items()}
     readings = {name: read(value, rates) for name, value in values.items()}
-    warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs))
+    warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs, rate))
     if control is not None:
         for name, theirs in preview(control).readings.items():
             ours = readings.get(name)
@@ -106,10 +113,33 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
         readings,
         frozenset(name for name, schedule in schedules.items() if isinstance(schedule, ByProgress)),
         warnings,
+        config.recipe.epochs,
+        _steps(config),
     )
 
 
-def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int) -> Any:
+def _steps(config: Config) -> int | None:
+    """The steps of training, where the data set's size is known without reading it."""
+    data, recipe = config.data, config.recipe
+    if data.name not in IMAGES:
+        return None
+    images = data.train_images or IMAGES[data.name] - data.validation
+    return recipe.epochs * (images // recipe.batch_size) or None
+
+
+def _asymptote(text: str, rate: Any) -> float:
+    """What a curve would come to if training went on: its last value with the curves in it over at once."""
+    tree = ast.parse(str(text), mode="eval")
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in OVER:
+            changed = OVER[call.func.id]
+            kept = [keyword for keyword in call.keywords if keyword.arg not in changed]
+            call.keywords = kept + [ast.keyword(arg=key, value=ast.Constant(value)) for key, value in changed.items()]
+    endless = parse_schedule(ast.unparse(tree), STEPS, rate=rate, where="objective.curve")
+    return float(sampled(endless, STEPS)[-1])
+
+
+def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:
     """What is wrong with a curve more often than right."""
     if reading.direction == "constant":
         return
@@ -117,17 +147,18 @@ def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int) -> Any
     early = round(EARLY * (len(values) - 1))
     if reading.direction == "rises" and values[early] > SATURATED * top:
         yield f"curve: {values[early] / top:.0%} of its largest value is reached before {EARLY:.0%} of training"
-    if top < HALF:
-        yield f"curve: never passes half of its asymptote of 1; its largest value is {top:.3g}"
+    asymptote = _asymptote(text, rate)
+    if top < HALF * asymptote:
+        yield f"curve: never passes half of its asymptote of {asymptote:.3g}; its largest value is {top:.3g}"
     for call in ast.walk(ast.parse(str(text), mode="eval")):
         if not isinstance(call, ast.Call):
             continue
         for keyword in call.keywords:
-            rate = ast.literal_eval(keyword.value) if keyword.arg == "rate" else 1.0
-            if 0 < abs(rate) < 1:
+            given = ast.literal_eval(keyword.value) if keyword.arg == "rate" else 1.0
+            if 0 < abs(given) < 1:
                 yield (
-                    f"curve: rate = {rate:g} is counted in whole trainings; if it was meant per epoch, "
-                    f"write rate={rate * epochs:g} for {epochs} epochs"
+                    f"curve: rate = {given:g} is counted in whole trainings; if it was meant per epoch, "
+                    f"write rate={given * epochs:g} for {epochs} epochs"
                 )
 
 
@@ -146,11 +177,17 @@ def as_text(shown: Preview) -> str:
     rows: list[tuple[str, ...]] = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
     for name, reading in shown.readings.items():
         numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
-        steepest = "" if reading.steepest is None else f"at {reading.steepest:.1%}"
+        steepest = "" if reading.steepest is None else _place(reading.steepest, shown)
         rows.append((name, *numbers, reading.direction, steepest))
     lines += report.text_table(rows)
-    lines += ["", "mean: over all steps; by rate: weighted by the learning rate"]
+    steps = "" if shown.steps is None else f", {shown.steps:,} steps"
+    lines += ["", f"mean: over all steps of {shown.epochs} epochs{steps}; by rate: weighted by the learning rate"]
     return "\n".join([*lines, *(f"warning: {text}" for text in shown.warnings)])
+
+
+def _place(part: float, shown: Preview) -> str:
+    step = "" if shown.steps is None else f", step {round(part * shown.steps):,}"
+    return f"at {part:.1%}, epoch {part * shown.epochs:.1f}{step}"
 
 
 def _shapes(shown: Preview) -> list[tuple[list[str], np.ndarray]]:

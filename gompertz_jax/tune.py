@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import report
+from .arms import SCORES
 from .compare import Trials, train_all
 from .training.config import Config, get_default
 from .training.errors import RunError
@@ -73,8 +74,12 @@ def knobs(config: Config) -> list[Knob]:
             for curve in _curves_of(config.objective.curve)
             for key, bounds in CURVES[curve].items()
         ]
+    labels = [spec for name, spec in config.objective.terms.items() if name not in distilling]
+    # Where the cross-entropy gives up what the scores gain, as under `budget`, a factor would break the fixed sum.
+    tied = any("curve" in str(spec.get("weight", "")) for spec in labels)
     for name, spec in distilling.items():
-        found.append(Knob(f"{name}.weight", FACTOR, _scale(name)))
+        if not (tied and spec.loss in SCORES):
+            found.append(Knob(f"{name}.weight", FACTOR, _scale(name)))
         found += [Knob(f"{name}.{key}", OPTIONS[key], _set_option(name, key)) for key in OPTIONS if key in spec]
     return found
 
@@ -220,9 +225,11 @@ def _ranked(name: str, drawn: list[dict[str, float]], results: Mapping[str, Any]
 def _write(workdir: Path, result: dict[str, Any], tried: Mapping[str, Config]) -> None:
     (workdir / "best").mkdir(exist_ok=True)
     for name, ranked in result["tuned"].items():
-        replace_text(
-            workdir / "best" / f"{name}.py", config_source(name, ranked, tried[f"{name}-{ranked[0]['trial']}"])
-        )
+        if ranked[0]["validation_accuracy"] is None:
+            say(f"no trial of the arm {name!r} stayed finite, so it has no best; see {RESULT} for what was drawn")
+            continue
+        source = config_source(name, ranked, tried[f"{name}-{ranked[0]['trial']}"])
+        replace_text(workdir / "best" / f"{name}.py", source)
     replace_text(workdir / "tune.md", as_markdown(result))
     write_json(workdir / RESULT, result)
 
@@ -274,6 +281,11 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "the test images were not read. The winners are in `best/`; compare them on other seeds.",
         "",
     ]
+    return "\n".join([*lines, *report.markdown_table(best_trials(result))]) + "\n"
+
+
+def best_trials(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table of every arm's three best."""
     rows: list[tuple[str, ...]] = [("arm", "trial", "validation, %", "parameters")]
     for name, ranked in result["tuned"].items():
         for trial in ranked[:3]:
@@ -281,4 +293,4 @@ def as_markdown(result: Mapping[str, Any]) -> str:
             told = "not finite" if accuracy is None else f"{100 * accuracy:.2f}"
             values = ", ".join(f"{key} {value:g}" for key, value in trial["values"].items())
             rows.append((name, str(trial["trial"]), told, values))
-    return "\n".join([*lines, *report.markdown_table(rows)]) + "\n"
+    return rows

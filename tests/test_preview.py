@@ -66,7 +66,11 @@ def test_direction_and_steepest_point(curve, direction, steepest):
     [
         ("gompertz(rate=200)", "curve: 100% of its largest value is reached before 5% of training"),
         ("gompertz(displacement=5, rate=0.2)", "write rate=8 for 40 epochs"),
-        ("0.3 * gompertz()", "never passes half"),
+        ("gompertz(displacement=5, rate=0.2)", "never passes half of its asymptote of 1; its largest value is 0.01"),
+        ("gompertz(asymptote=4, displacement=5, rate=1.5)", "never passes half of its asymptote of 4"),
+        ("0.5 * logistic(midpoint=2)", "never passes half of its asymptote of 0.5"),
+        ("0.3 * gompertz()", None),
+        ("gompertz(asymptote=0.4)", None),
         ("0.3", None),
         ("gompertz()", None),
         ("matched(gompertz())", None),
@@ -79,6 +83,16 @@ def test_doubtful_curves_are_told_and_others_are_not(curve, warning):
         assert warnings == []
     else:
         assert any(warning in text for text in warnings)
+
+
+def test_the_steepest_point_is_told_as_an_epoch_and_as_a_step_where_the_size_is_known():
+    digits = config()  # 1,438 images less 100 that are held out, batches of 96: 13 steps an epoch
+    assert f"at 20.1%, epoch 8.0, step {round(np.log(5) / 8 * 520)}\n" in room.as_text(room.preview(digits))
+    part = config(**{"data.train_images": 200})
+    assert room.preview(part).steps == 80
+    own = config(**{"data.name": "arrays:images.npz"})
+    assert room.preview(own).steps is None
+    assert "at 20.1%, epoch 8.0\n" in room.as_text(room.preview(own)) + "\n"
 
 
 def test_areas_are_compared_with_a_control_s():

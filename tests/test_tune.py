@@ -10,6 +10,7 @@ from helpers import small_config
 
 from gompertz_jax import tune as room
 from gompertz_jax.compare import arm
+from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.workdir import frozen
 
@@ -52,7 +53,30 @@ def test_sobol_points_fill_the_cube_and_both_searches_are_of_the_seed():
         assert first.shape == (5, 2) and not np.array_equal(first, other)
 
 
-def test_every_arm_gets_its_trials_and_the_best_by_validation_is_a_config(tmp_path, capsys):
+def test_a_factor_leaves_a_fixed_sum_fixed():
+    names = [knob.name for knob in room.knobs(arm(small_config(), "budget"))]
+    assert names == ["gompertz.displacement", "gompertz.rate", "kd.temperature"]
+
+
+def test_an_arm_of_which_no_trial_stayed_finite_has_no_best(tmp_path, capsys):
+    config = small_config()
+    students = {f"{name}-{i}": {"students": [{"failed_at_step": step, "best_validation_accuracy": 0.5}]}
+                for name, step in (("lost", 3), ("whole", None)) for i in range(2)}  # fmt: skip
+    drawn = [{"kd.weight": 0.5}, {"kd.weight": 2.0}]
+    result = {"search": "sobol", "trials": 2, "seeds": [0]}
+    result["tuned"] = {name: room._ranked(name, drawn, {"arms": students}) for name in ("lost", "whole")}
+    room._write(tmp_path, result, {name: config for name in students})
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["whole.py"]
+    assert "no trial of the arm 'lost' stayed finite" in capsys.readouterr().out
+    assert "| lost | 0 | not finite | kd.weight 0.5 |" in (tmp_path / "tune.md").read_text()
+    assert (tmp_path / "tune.json").exists()
+
+
+def test_every_arm_gets_its_trials_and_the_best_by_validation_is_a_config(tmp_path, capsys, monkeypatch):
+    def read(dataset):
+        raise AssertionError("the test images were read")
+
+    monkeypatch.setattr(Dataset, "test", read)
     config = small_config()
     arms = {name: arm(config, name) for name in ("matched", "gompertz")}
     result = room.tune(config, tmp_path, arms=arms, trials=2)

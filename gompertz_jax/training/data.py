@@ -15,7 +15,9 @@ from . import own_data
 from .errors import DataError as DataError
 from .images import Split as Split
 
-NAMES = ("cifar10", "cifar100", "digits")
+# How many images each has outside its test set, known without reading it.
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_438}
+NAMES = tuple(IMAGES)
 
 # Which digits are for the test is part of the data set, so it depends on no setting.
 _DIGITS_TEST_SEED, _DIGITS_TEST_FRACTION = 1797, 0.2
