@@ -20,6 +20,7 @@ from _common import hardware, save_record, versions
 
 import gompertz_jax as gj
 from gompertz_jax.students import LAYOUTS, Students, grouped, make_comparison_step, stacked
+from gompertz_jax.training.sharding import data_mesh, replicate
 
 
 def main():
@@ -34,6 +35,8 @@ def main():
     parser.add_argument("--layouts", default="map", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--json")
     options = parser.parse_args()
+
+    mesh = data_mesh()  # whatever devices there are, for both sides
 
     def network(name, key):
         return gj.models.create(name, num_classes=options.classes, key=jax.random.key(key))
@@ -53,6 +56,7 @@ def main():
         "image": jax.random.uniform(jax.random.key(2), (options.batch, 32, 32, 3)),
         "label": jnp.arange(options.batch) % options.classes,
     }
+    state, teacher, batch = replicate((state, teacher, batch), mesh)
     soft = teacher.forward(batch["image"], train=False)[0].logits
     told = gj.Term("kd", kd.weight, lambda record: gj.soft_target_kl(record.student.logits, soft), distils=False)
 
@@ -60,14 +64,16 @@ def main():
         return jax.tree.map(jnp.copy, state)
 
     def of_one(objective, taught):
-        step = gj.make_train_step(student, optimizer, objective, steps_per_dispatch=options.steps)
+        step = gj.make_train_step(student, optimizer, objective, steps_per_dispatch=options.steps, mesh=mesh)
         step = step.lower(state, taught, batch).compile()
         return lambda held: step(held, taught, batch)[0]
 
     def of_all(layout):
         groups = grouped(arms)
-        students = Students(jnp.int32(0), (stacked([state] * options.arms),))
-        step = make_comparison_step(student, optimizer, groups, steps_per_dispatch=options.steps, layout=layout)
+        students = replicate(Students(jnp.int32(0), (stacked([state] * options.arms),)), mesh)
+        step = make_comparison_step(
+            student, optimizer, groups, steps_per_dispatch=options.steps, layout=layout, mesh=mesh
+        )
         step = step.lower(students, teacher, batch).compile()
         return students, lambda held: step(held, teacher, batch)[0]
 

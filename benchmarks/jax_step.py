@@ -123,9 +123,8 @@ class Program:
     def __init__(self):
         self.stopwatch = Stopwatch()
 
-    def prepare(self, task, path, steps_per_dispatch):
-        """Compile, and take the first steps: the seconds of each phase, and the losses to compare."""
-        self.steps_per_dispatch = steps_per_dispatch
+    def build(self, task, path, steps_per_dispatch):
+        """The step of a cell, not yet compiled; its state, teacher and batch are kept here."""
         objective, optimizer = make_objective(task), make_optimizer(task)
         tree = read_weights(task, path)
         student = make_network(task, "student", tree["student"])
@@ -140,7 +139,7 @@ class Program:
                 opt_state=optimizer.init({"student": state.params, "projections": tree["projections"]}),
             )
         self.state = jax.tree.map(jnp.array, state)  # the step donates it
-        train_step = gj.make_train_step(
+        return gj.make_train_step(
             student,
             optimizer,
             objective,
@@ -148,8 +147,16 @@ class Program:
             steps_per_dispatch=steps_per_dispatch,
             term_gradients_every=task.get("term_gradients_every"),
         )
-        del tree, student, state
 
+    def count(self, task, path, platform):
+        """Operations of a step as it is handed to the compiler of a platform, which need not be here."""
+        program = self.build(task, path, 1).trace(self.state, self.teacher, self.batch)
+        return program.lower(lowering_platforms=(platform,)).cost_analysis()["flops"]
+
+    def prepare(self, task, path, steps_per_dispatch):
+        """Compile, and take the first steps: the seconds of each phase, and the losses to compare."""
+        self.steps_per_dispatch = steps_per_dispatch
+        train_step = self.build(task, path, steps_per_dispatch)
         marks = [time.perf_counter()]
         program = train_step.trace(self.state, self.teacher, self.batch)
         marks.append(time.perf_counter())
@@ -170,7 +177,9 @@ class Program:
             "phases": phases,
             "compile_seconds": sum(phases.values()),
             "checked": checked[: task["checked_steps"]],
-            "sinkhorn_iterations": float(metrics["wasserstein/iterations"][-1]) if objective.projections else None,
+            "sinkhorn_iterations": (
+                float(metrics["wasserstein/iterations"][-1]) if "wasserstein" in task["weights"] else None
+            ),
             "step_seconds": self.stopwatch.last["seconds"] / steps_per_dispatch,
             "platform": jax.default_backend(),
             "flops": counted.get("flops"),
@@ -238,6 +247,7 @@ if __name__ == "__main__":
         {
             "hardware": hardware,
             "make_weights": make_weights,
+            "count": program.count,
             "prepare": program.prepare,
             "run": program.run,
             "finish": program.finish,

@@ -13,7 +13,8 @@ soft targets, with transport of the last maps or matched input gradients besides
 Each side of a cell is a process of its own; they take turns, one repetition each, while the others sleep, so that a
 drift of the machine falls on all. `images/s` is the median over the repetitions; a ratio is the median of those of
 neighbouring repetitions, with the smallest and the largest: above 1, this package is faster. `MiB` is the peak while
-stepping, of resident memory on a CPU and of the allocator on an accelerator; `+` is what compiling adds to it. `others`
+stepping, of resident memory, and `+` what compiling adds to it; on an accelerator the allocator's, ours since the
+process began. `others`
 is how many cores other programs kept busy meanwhile: a figure with more than a tenth is marked `?`, for sharing the
 cores slows the sides unequally (PyTorch's threads wait for each other at every operation).
 
@@ -93,8 +94,8 @@ ENVIRONMENT = {
 # --- one cell ---------------------------------------------------------------------------------------------------------
 
 
-def our_side(dtype="float32"):
-    environment = {**ENVIRONMENT, "JAX_ENABLE_X64": str(dtype == "float64")}
+def our_side(dtype="float32", **variables):
+    environment = {**ENVIRONMENT, "JAX_ENABLE_X64": str(dtype == "float64"), **variables}
     return Worker(sys.executable, os.path.join(HERE, "jax_step.py"), environment)
 
 
@@ -119,6 +120,8 @@ def measure(task, weights, options):
         cell["prepared"]["ours"] = ours = sides["ours"].ask(
             "prepare", task=task, path=weights, steps_per_dispatch=steps or 1
         )
+        if options.torch_python and eager["platform"] != ours["platform"]:
+            raise WorkerError(f"JAX is on {ours['platform']}, PyTorch on {eager['platform']}: no comparison")
         cell["steps"] = steps = steps or max(FEWEST_STEPS, round(options.seconds / ours["step_seconds"]))
         if options.torch_python and options.compile:
             side = stack.enter_context(torch_side(options, folder))
@@ -137,6 +140,10 @@ def measure(task, weights, options):
         cell["finished"] = {name: side.ask("finish") for name, side in sides.items()}
         if options.roofline:
             cell["roofline"] = sides["ours"].ask("measure_peaks", dtype=task["dtype"])
+            if ours["platform"] == "gpu":
+                # In a compiled program XLA counts no operation of a library's kernel, such as a convolution.
+                counter = stack.enter_context(our_side(task["dtype"], JAX_PLATFORMS="cpu"))
+                ours["flops"] = counter.ask("count", task=task, path=weights, platform="cuda")
     return cell
 
 
@@ -239,7 +246,10 @@ def memory_text(prepared, finished):
 
 
 def roofline_text(cell):
-    """How near the step is to what the machine can do, by the compiler's count and peaks that were measured here."""
+    """How near the step is to what the machine can do, by the compiler's count and peaks that were measured here.
+
+    On a GPU the traffic is at least this: what a library's kernel reads is not counted.
+    """
     counted, peaks = cell["prepared"]["ours"], cell["roofline"]
     arithmetic, traffic = counted["flops"] / peaks["flops_per_second"], counted["bytes"] / peaks["bytes_per_second"]
     bound, by = max((arithmetic, "arithmetic"), (traffic, "memory traffic"))

@@ -7,7 +7,7 @@ The steps are those of step_time.py, on the same weights, batch statistics and i
 take turns: a dispatch of each a round, so that a drift of the machine falls on all. `/ KD` is the median over the
 rounds of a step's seconds over the KD step's in the same round, with the smallest and largest; `flops / KD` the same of
 the operations that XLA counts, in which a loop counts as one turn. The last rows are a full step of a run that measures
-its terms' gradients: one at which they are measured (`term_gradients_every=1`), and one at which they are not, which has
+its terms' gradients: one at which they are measured (`term_gradients_every=1`), and one at which they are not: it has
 the branch and does not take it.
 """
 

@@ -398,7 +398,13 @@ class Program:
             candidates.append((min(step.timed(1) for _ in range(2)), checked, step))
         seconds, checked, self.step = min(candidates, key=lambda candidate: candidate[0])
         reset_peak()
-        return {"checked": checked, "step_seconds": seconds, "memory_format": self.step.memory_format}
+        platform = "gpu" if DEVICE == "cuda" else DEVICE
+        return {
+            "checked": checked,
+            "step_seconds": seconds,
+            "memory_format": self.step.memory_format,
+            "platform": platform,
+        }
 
     def prepare_compiled(self, task, path, memory_format):
         """Compile, and take the first steps; what they take longer than later ones is the time of compilation."""
