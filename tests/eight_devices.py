@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import smallest_networks
+from helpers import small_config, smallest_networks
 from test_students import TEACHER, objectives, together
 
 import gompertz_jax as gj
-from gompertz_jax import terms
+from gompertz_jax import compare, terms
 from gompertz_jax.data_parallel import SPREAD, per_image
 from gompertz_jax.projections import Embedding
+from gompertz_jax.step import TELEMETRY
 from gompertz_jax.training.sharding import data_mesh, replicate
 
 BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
@@ -76,10 +77,10 @@ def per_device_batch_norm(network, devices):
     return gj.Network(apply, network.params, network.stats, network.mean, network.std)
 
 
-def train(student, teacher, goal, mesh, cases):
+def train(student, teacher, goal, mesh, cases, **options):
     """Losses and final weights of three steps of each case, and the compiled program as text."""
     optimizer = optax.sgd(0.1, momentum=0.9)
-    step = gj.make_train_step(student, optimizer, goal, steps_per_dispatch=STEPS, mesh=mesh)
+    step = gj.make_train_step(student, optimizer, goal, steps_per_dispatch=STEPS, mesh=mesh, **options)
     fixed = replicate((teacher, batch()), mesh)
     program, found = None, {}
     for case in cases:
@@ -91,6 +92,7 @@ def train(student, teacher, goal, mesh, cases):
         found[f"{case}/losses"] = np.asarray(metrics["loss"])
         found[f"{case}/weights"] = np.concatenate([np.asarray(leaf).ravel() for leaf in weights])
         found |= {f"{case}/{name}/raw": np.asarray(metrics[f"{name}/raw"]) for name in LOSSES if name in case}
+        found |= {f"{case}/{name}": np.asarray(values) for name, values in metrics.items() if name.endswith(TELEMETRY)}
     return found, program.as_text()
 
 
@@ -106,6 +108,14 @@ def students(mesh, layout):
     return {
         str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path((after, metrics))
     }, program.as_text()
+
+
+def comparison(workdir, teacher=""):
+    """A comparison whose images are on the host and whose batches divide by no eight devices."""
+    changes = {"recipe.batch_size": 90, "recipe.epochs": 2, "data.placement": "host", "teacher.dir": teacher}
+    config = small_config(**{"recipe.learning_rate": 0.02}, **changes)  # larger steps magnify rounding
+    arms = {name: compare.arm(config, name) for name in ("student", "gompertz")}
+    compare.compare(config, workdir, arms=arms, seeds=2)
 
 
 def transport(mesh):
@@ -146,6 +156,11 @@ def main(directory):
         found, text = students(mesh, layout)
         np.savez(directory / f"students_{name}.npz", **found)
         (directory / f"students_{name}.hlo").write_text(text)
+    measured = gj.Objective(tuple(term for term in objective().terms if term.name in ("ce", "kd", "gradient")))
+    for name, mesh in (("one", one), ("eight", eight)):
+        found, _ = train(student, teacher, measured, mesh, ["all"], term_gradients_every=2)
+        np.savez(directory / f"measured_{name}.npz", **found)
+    comparison(directory / "comparison")
     (directory / "transport.hlo").write_text(transport(eight))
     (directory / "meeting.hlo").write_text(meeting(eight))
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices import CASES
+from eight_devices import CASES, comparison
 from helpers import ROOT, config_source, small_config, tiny_config, until
 
+from gompertz_jax.step import TELEMETRY
 from gompertz_jax.training import loop, sharding
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network
@@ -49,6 +50,29 @@ def test_eight_devices_train_as_one(eight, case):
     if case != "all":
         # The case is what it says it is: its loss is that term's alone.
         np.testing.assert_allclose(one[f"{case}/losses"], one[f"{case}/{case}/raw"], rtol=1e-6)
+
+
+def test_gradients_measured_of_divided_batches_are_those_of_one_device(eight):
+    one, several = np.load(eight / "measured_one.npz"), np.load(eight / "measured_eight.npz")
+    assert {f"all/{term}{end}" for term in ("ce", "kd", "gradient") for end in TELEMETRY} <= {*one.keys()}
+    for name in one.keys() - {"all/weights"}:
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_comparison_on_eight_devices_is_that_of_one_also_with_images_from_the_host(eight, tmp_path):
+    comparison(tmp_path, str(eight / "comparison" / "teacher"))
+    one, several = (
+        {
+            (line["arm"], line["seed"], line["split"], line["step"]): line
+            for line in read_metrics(directory / "metrics.jsonl")
+        }
+        for directory in (tmp_path, eight / "comparison")
+    )
+    assert one.keys() == several.keys() and len(one) > 50
+    for place, line in one.items():
+        if place[2] == "train":
+            assert several[place]["loss"] == pytest.approx(line["loss"], rel=1e-3), place
+        assert several[place]["accuracy"] == pytest.approx(line["accuracy"], abs=0.021), place
 
 
 def test_normalising_each_device_s_images_alone_would_be_noticed(eight):
