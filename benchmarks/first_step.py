@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from _common import processor, save_record, versions
+from _common import commit, processor, save_record, versions
 
 START = """
 import sys, time
@@ -55,7 +55,7 @@ def main():
     options = parser.parse_args()
 
     found = versions("jax", "jaxlib", "flax")
-    print(f"{processor()}; {found}; n = {options.repetitions}; median seconds\n")
+    print(f"{processor()}; {found}; commit {commit()}; n = {options.repetitions}; median seconds\n")
     print(f"{'':<24}{'first step':^30}{'all':^30}")
     print(f"{'':<24}" + 2 * f"{'cold':>10}{'warm':>10}{'ratio':>10}")
     rows = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _common import hardware, save_record, versions
+from _common import commit, hardware, save_record, versions
 
 import gompertz_jax as gj
 from gompertz_jax.training.config import get_default
@@ -123,7 +123,8 @@ def main():
         f"{options.teacher} -> {options.student}, full objective, batch {options.batch}, {plan.steps} steps a round of"
     )
     print(
-        f"{plan.steps_per_dispatch} a dispatch, {options.epochs} evaluations and checkpoints; {hardware()}; {found}\n"
+        f"{plan.steps_per_dispatch} a dispatch, {options.epochs} evaluations and checkpoints; {hardware()}; {found}; "
+        f"commit {commit()}\n"
     )
     print(f"{'bare':>10}{'loop':>10}{'bare':>10}   images/s{'loop / bare':>14}")
     rounds = []

@@ -21,8 +21,7 @@ from _worker import Worker, WorkerError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KINDS = ("forward", "gradient")
-# PyTorch's threads would spin between their turns, and take the cores from the other side.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
+ENVIRONMENT = {"KMP_BLOCKTIME": "5"}  # as in step_time.py
 GET_POT = "pip install torch POT, or --torch-python with an interpreter that has them"
 
 

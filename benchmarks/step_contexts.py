@@ -20,7 +20,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import hardware, save_record, versions
+from _common import commit, hardware, save_record, versions
 
 import gompertz_jax as gj
 from gompertz_jax.models import convolution
@@ -148,7 +148,7 @@ def main():
     networks = f"{options.teacher} -> {options.student}" if options.teacher else options.student
     order = ", input gradients matched" if options.second_order else ""
     print(f"{networks}{order}, batch {options.batch}, 32x32x3, float32, {options.repetitions} repetitions")
-    print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in stack.items())}\n")
+    print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in stack.items())}; commit {commit()}\n")
     print(f"{'ms per step':<12}{'ours':>30}{'stock':>30}{'stock / ours':>14}")
     rows = {}
     for context in options.contexts:

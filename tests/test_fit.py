@@ -75,7 +75,8 @@ def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, mo
     gc.collect()  # what earlier tests left alive is not this run's
     fitted = run(tmp_path, **{"recipe.epochs": 10, "data.placement": "device"})
     assert fitted.best_accuracy > 0.8
-    programs, memory, images, guard = zip(*seen[2:], strict=True)
+    programs, _, _, guard = zip(*seen, strict=True)
+    _, memory, images, _ = zip(*seen[2:], strict=True)
     assert len(seen) == 10 * 13 / 5 and compiled
     assert set(programs) == {len(compiled)}
     # A copy of the state more or less may be on its way to the disk; one kept at each evaluation would make five more.

@@ -132,15 +132,19 @@ def _geometry(x: Array, w: Array, strides: Pair, padding: tuple[Pair, Pair]) -> 
 # The three maps and their derivatives. `platform_dependent` is resolved when a program is lowered for one platform, so
 # no branch is left at run time; and as it stands inside rules of its own it is never differentiated, which would make
 # it carry the residuals of every branch.
+# `jit` around each traces and lowers a shape once, and networks have few shapes: half of the time before compiling
+# (the full step of resnet56 -> resnet20: 6.6 -> 3.3 s). XLA inlines the calls, so the program is the same.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def _output(geometry: _Geometry, x: Array, w: Array) -> Array:
     cpu = _shifted_sum if geometry.groups > 1 else _winograd if geometry.winograd else _stock
     return lax.platform_dependent(x, w, cpu=partial(cpu, geometry), default=partial(_stock, geometry))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def _input_gradient(geometry: _Geometry, g: Array, w: Array) -> Array:
     if geometry.groups > 1:
         cpu = _shifted_sum_input_gradient
@@ -150,6 +154,7 @@ def _input_gradient(geometry: _Geometry, g: Array, w: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def _weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
     if geometry.groups > 1:
         cpu = _shifted_sum_weight_gradient
