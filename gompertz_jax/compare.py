@@ -4,6 +4,7 @@ All students see the same batches and the same teacher; those of one seed begin 
 the objective. The students' validation chooses, and the test images are read once, at the end.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ def _changed(config: Config, name: str, change: Arm) -> Config:
     for family, what in ((SCORES, "class scores"), (TRANSPORT, "transport"), (GRADIENTS, "gradients")):
         if change.keeps is not None and family & change.keeps and not family & kept:
             raise RunError(f"the arm {name!r} keeps terms of {what}, and the config's objective has none")
-    scores = [key for key, spec in terms.items() if spec.loss in SCORES]
+    scores = [key for key, spec in config.objective.terms.items() if spec.loss in SCORES and spec.get("weight") != "0"]
     if change.scores and len(scores) > 1:
         raise RunError(
             f"the arm {name!r} shares one weight between the cross-entropy and one term on class scores, and there are "
@@ -163,11 +164,14 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
     """
     names = list(objectives)
     for group in groups:
-        seen: dict[Any, str] = {}
+        seen: dict[bytes, str] = {}
         for index, objective in zip(group.arms, group.objectives, strict=True):
             schedules = [s for term in objective.terms for s in (term.weight, *term.schedules.values())]
-            said = tuple((isinstance(s, ByProgress), sampled(s, steps).tobytes()) for s in schedules)
-            other = seen.setdefault(said, names[index])
+            said = hashlib.sha256()
+            for schedule in schedules:
+                said.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
+                said.update(sampled(schedule, steps).tobytes())
+            other = seen.setdefault(said.digest(), names[index])
             if other != names[index]:
                 raise RunError(
                     f"the arms {other!r} and {names[index]!r} are the same objective at every step: leave one out. "

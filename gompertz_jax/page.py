@@ -1,4 +1,4 @@
-"""A run or a comparison as one HTML page: curves, tables, config and provenance, without a server or a network."""
+"""A run, a comparison or a search as one HTML page, with its config and provenance, that opens without a network."""
 
 import html
 import io
@@ -87,12 +87,13 @@ def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
 
 
 def _search(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    from .tune import best_trials
+    from .tune import best_trials  # with all that trains, which a page of anything else does without
 
     yield f"<p>{result['trials']} {html.escape(result['search'])} trials of every arm, by validation accuracy.</p>"
     yield _table(best_trials(result))
-    yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
-    yield from _telemetry(_by_arm(lines))
+    if lines:
+        yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
+        yield from _telemetry(_by_arm(lines))
     yield from _provenance(result, result["config"])
 
 

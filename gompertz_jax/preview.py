@@ -18,7 +18,12 @@ from .training.optim import rate_by_step
 # many, so that what is compiled for it serves here too.
 STEPS = 1000
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
-OVER = {"gompertz": {"rate": 1e3}, "logistic": {"rate": 1e3, "midpoint": 0.0}}  # curves at their asymptote
+# What brings a curve to its asymptote at once.
+OVER = {
+    "gompertz": {"rate": 1e3},
+    "gompertz_through": {"final": 1 - 1e-6},
+    "logistic": {"rate": 1e3, "midpoint": 0.0},
+}
 
 
 class Reading(NamedTuple):
@@ -128,15 +133,23 @@ def _steps(config: Config) -> int | None:
 
 
 def _asymptote(text: str, rate: Any) -> float:
-    """What a curve would come to if training went on: its last value with the curves in it over at once."""
+    """What a curve would come to if training went on: its largest value with the curves in it at theirs."""
     tree = ast.parse(str(text), mode="eval")
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in OVER:
-            changed = OVER[call.func.id]
-            kept = [keyword for keyword in call.keywords if keyword.arg not in changed]
-            call.keywords = kept + [ast.keyword(arg=key, value=ast.Constant(value)) for key, value in changed.items()]
+
+    def finish(node: ast.AST) -> None:
+        name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        if name.startswith("matched"):  # a constant, whatever training's length
+            return
+        if isinstance(node, ast.Call) and name in OVER:
+            kept = [keyword for keyword in node.keywords if keyword.arg not in OVER[name]]
+            changed = [ast.keyword(arg=key, value=ast.Constant(value)) for key, value in OVER[name].items()]
+            node.keywords = kept + changed
+        for inner in ast.iter_child_nodes(node):
+            finish(inner)
+
+    finish(tree)
     endless = parse_schedule(ast.unparse(tree), STEPS, rate=rate, where="objective.curve")
-    return float(sampled(endless, STEPS)[-1])
+    return float(sampled(endless, STEPS).max())
 
 
 def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:
@@ -177,7 +190,7 @@ def as_text(shown: Preview) -> str:
     rows: list[tuple[str, ...]] = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
     for name, reading in shown.readings.items():
         numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
-        steepest = "" if reading.steepest is None else _place(reading.steepest, shown)
+        steepest = "" if reading.steepest is None else _place(reading.steepest, shown, name in shown.by_progress)
         rows.append((name, *numbers, reading.direction, steepest))
     lines += report.text_table(rows)
     steps = "" if shown.steps is None else f", {shown.steps:,} steps"
@@ -185,7 +198,9 @@ def as_text(shown: Preview) -> str:
     return "\n".join([*lines, *(f"warning: {text}" for text in shown.warnings)])
 
 
-def _place(part: float, shown: Preview) -> str:
+def _place(part: float, shown: Preview, by_progress: bool) -> str:
+    if by_progress:
+        return f"at {part:.1%} of the progress"
     step = "" if shown.steps is None else f", step {round(part * shown.steps):,}"
     return f"at {part:.1%}, epoch {part * shown.epochs:.1f}{step}"
 

@@ -143,8 +143,8 @@ def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, An
 
     Returns:
       `{arm: {term: {"step": [...], "norm": [...], "pull": [...], "cosine": [...]}}}`, the cosine with the first term's
-      gradient; empty where nothing was measured. What is not finite in a student is left out, and a step at which
-      nothing of a term is finite.
+      gradient; empty where nothing was measured. What is not finite in a student is left out, and what was
+      measured where the first term pulled not at all.
     """
     found: dict[tuple[str, str], dict[int, list[tuple[float, float, float]]]] = {}
     for line in lines:
@@ -152,7 +152,10 @@ def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, An
             continue
         arm = line["arm"]
         norms = {name: line.get(f"{name}/gradient_norm") for name in terms_of[arm]}
-        weighted = {name: line[f"{name}/weight"] * norm for name, norm in norms.items() if norm is not None}
+        weights = {name: line.get(f"{name}/weight") for name in terms_of[arm]}
+        weighted = {
+            name: weights[name] * norm for name, norm in norms.items() if norm is not None and weights[name] is not None
+        }
         first = weighted.get(terms_of[arm][0])
         for name, pull in weighted.items():
             cosine = line.get(f"{name}/gradient_cosine")

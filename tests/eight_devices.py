@@ -1,5 +1,6 @@
 """What test_sharding.py runs in a process that sees eight virtual devices: `python eight_devices.py DIR`."""
 
+import inspect
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,29 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import small_config, smallest_networks
-from test_students import TEACHER, objectives, together
+from test_students import TEACHER, together
+from test_students import objectives as arms
 
 import gompertz_jax as gj
 from gompertz_jax import compare, terms
 from gompertz_jax.data_parallel import SPREAD, per_image
-from gompertz_jax.projections import Embedding
+from gompertz_jax.projections import Embedding, Regressor
 from gompertz_jax.step import TELEMETRY
+from gompertz_jax.training import objectives
 from gompertz_jax.training.sharding import data_mesh, replicate
 
 BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
-LOSSES = {
-    "ce": terms.cross_entropy,
-    "kd": terms.soft_targets,
-    "wasserstein": terms.wasserstein,
+LOSSES = {name: loss.term for name, loss in objectives.LOSSES.items()} | {
+    "gradient_match": partial(terms.gradient_match, pool=2),
+    "gradient_match_stage": partial(terms.gradient_match, pool=2, stages=(-1, -1)),
     "wasserstein_batch": partial(terms.wasserstein, cloud="batch"),
     "wasserstein_class": partial(terms.wasserstein, cloud="class"),
-    "gaussian": terms.gaussian,
-    "gradient": partial(terms.gradient_match, pool=2),
-    "similarity_preserving": terms.similarity_preserving,
-    "relational_distance": terms.relational_distance,
-    "intraclass_correlation": terms.intraclass_correlation,
-    "contrastive_representation": terms.contrastive_representation,
 }
+PROJECTIONS = {
+    inspect.signature(loss.term).parameters["projection"].default: loss.projection
+    for loss in objectives.LOSSES.values()
+    if loss.projection is not None
+} | {"embedding": Embedding(8), "hint": Regressor(-1, -1)}
 
 
 def objective():
@@ -45,12 +46,20 @@ def objective():
         return lambda step: jnp.asarray(table[:, column])[step // STEPS]
 
     listed = [
-        gj.Term(name, weight(column), loss, distils=name != "ce") for column, (name, loss) in enumerate(LOSSES.items())
+        gj.Term(
+            name,
+            weight(column),
+            loss,
+            distils=name != "cross_entropy",
+            gradient_stages=(-1, -1) if name == "gradient_match_stage" else (),
+        )
+        for column, (name, loss) in enumerate(LOSSES.items())
     ]
-    return gj.Objective(tuple(listed), {"last": gj.Projection(), "embedding": Embedding(8)})
+    return gj.Objective(tuple(listed), PROJECTIONS)
 
 
 CASES = (*LOSSES, "all")
+MEASURED = ("cross_entropy", "soft_targets", "gradient_match")
 
 
 def batch():
@@ -101,7 +110,7 @@ def students(mesh, layout):
 
     Six images do not divide by eight devices, nor do two students a group.
     """
-    _, step, begun = together(objectives(), (1, 2), layout=layout, mesh=mesh, term_gradients_every=2)
+    _, step, begun = together(arms(), (1, 2), layout=layout, mesh=mesh, term_gradients_every=2)
     begun, teacher = replicate((begun, TEACHER), mesh)
     program = step.lower(begun, teacher, None).compile()
     after, metrics = program(begun, teacher, None)
@@ -150,13 +159,13 @@ def main(directory):
         np.savez(directory / f"{name}.npz", **found)
         (directory / f"{name}.hlo").write_text(text)
     alone = gj.Objective(objective().terms[:1])
-    found, _ = train(per_device_batch_norm(student, eight.size), None, alone, one, ["ce"])
+    found, _ = train(per_device_batch_norm(student, eight.size), None, alone, one, ["cross_entropy"])
     np.savez(directory / "per_device.npz", **found)
     for name, mesh, layout in (("one", one, "map"), ("eight", eight, "devices")):
         found, text = students(mesh, layout)
         np.savez(directory / f"students_{name}.npz", **found)
         (directory / f"students_{name}.hlo").write_text(text)
-    measured = gj.Objective(tuple(term for term in objective().terms if term.name in ("ce", "kd", "gradient")))
+    measured = gj.Objective(tuple(term for term in objective().terms if term.name in MEASURED))
     for name, mesh in (("one", one), ("eight", eight)):
         found, _ = train(student, teacher, measured, mesh, ["all"], term_gradients_every=2)
         np.savez(directory / f"measured_{name}.npz", **found)

@@ -55,6 +55,8 @@ def test_pulls_are_ratios_of_weighted_gradients_averaged_over_seeds():
         measured_line(19, 0, None, None, None),  # a student that failed
         measured_line(19, 1, 1.0, 1.0, -0.1),
         measured_line(29, 0, None, None, None),
+        measured_line(39, 0, 1.0, 1.0, 0.1) | {"kd/weight": None, "ce/weight": None},
+        measured_line(49, 0, 0.0, 1.0, 0.0),
     ]
     found = report.pulls({"kd": ["ce", "kd"], "student": ["ce"]}, lines)
     assert list(found) == ["kd"] and list(found["kd"]) == ["ce", "kd"]

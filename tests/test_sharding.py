@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices import CASES, comparison
+from eight_devices import CASES, MEASURED, comparison
 from helpers import ROOT, config_source, small_config, tiny_config, until
 
 from gompertz_jax.step import TELEMETRY
@@ -22,7 +22,7 @@ from gompertz_jax.training.teacher import load_network
 from gompertz_jax.training.writer import read_metrics
 
 FLAGS = os.environ["XLA_FLAGS"]  # conftest's
-TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e-5 and 1e-7
+TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e-5 and 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_eight_devices_train_as_one(eight, case):
     one, several = np.load(eight / "one.npz"), np.load(eight / "eight.npz")
     np.testing.assert_allclose(several[f"{case}/losses"], one[f"{case}/losses"], rtol=TOLERANCE)
     assert distance(one[f"{case}/weights"], several[f"{case}/weights"]) < TOLERANCE
-    assert one[f"{case}/losses"][0] > 1e-3
+    assert one[f"{case}/losses"][0] > 1e-4
     if case != "all":
         # The case is what it says it is: its loss is that term's alone.
         np.testing.assert_allclose(one[f"{case}/losses"], one[f"{case}/{case}/raw"], rtol=1e-6)
@@ -54,7 +54,7 @@ def test_eight_devices_train_as_one(eight, case):
 
 def test_gradients_measured_of_divided_batches_are_those_of_one_device(eight):
     one, several = np.load(eight / "measured_one.npz"), np.load(eight / "measured_eight.npz")
-    assert {f"all/{term}{end}" for term in ("ce", "kd", "gradient") for end in TELEMETRY} <= {*one.keys()}
+    assert {f"all/{term}{end}" for term in MEASURED for end in TELEMETRY} <= {*one.keys()}
     for name in one.keys() - {"all/weights"}:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
@@ -77,8 +77,9 @@ def test_a_comparison_on_eight_devices_is_that_of_one_also_with_images_from_the_
 
 def test_normalising_each_device_s_images_alone_would_be_noticed(eight):
     one, wrong = np.load(eight / "one.npz"), np.load(eight / "per_device.npz")
-    assert distance(one["ce/losses"], wrong["ce/losses"]) > 100 * TOLERANCE
-    assert abs(one["ce/losses"][0] - wrong["ce/losses"][0]) > 100 * TOLERANCE
+    ours, theirs = one["cross_entropy/losses"], wrong["cross_entropy/losses"]
+    assert distance(ours, theirs) > 100 * TOLERANCE
+    assert abs(ours[0] - theirs[0]) > 100 * TOLERANCE
 
 
 # --- what the compiled programs say -----------------------------------------------------------------------------------
@@ -228,10 +229,8 @@ def test_a_first_process_that_never_appears_is_told_in_one_line(monkeypatch):
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 # Larger rates magnify rounding.
-CHANGES = {
-    "recipe.learning_rate": 0.05, "teacher.recipe.learning_rate": 0.05, "steps_per_dispatch": 13, "recipe.epochs": 2,
-    "teacher.cache.views": 2,
-}  # fmt: skip
+CHANGES = {"recipe.learning_rate": 0.05, "teacher.recipe.learning_rate": 0.05, "steps_per_dispatch": 13}
+WHOLE = {"objective.terms.wasserstein.weight": "4 * curve", "objective.terms.gradient.weight": "0.7 * curve"}
 
 
 def free_port():
@@ -262,32 +261,41 @@ def ended(processes, *, timeout):
             process.kill()
 
 
-def test_two_processes_train_stop_and_resume_together_as_one(tmp_path):
-    """The second one is asked to stop while the teacher trains: both do, at the same step, and go on to the end."""
+@pytest.mark.parametrize(
+    ("stopped", "changes"),
+    [
+        ("teacher", {"teacher.cache.views": 2, "recipe.epochs": 2}),
+        ("student", WHOLE | {"recipe.epochs": 5}),  # whose every step asks the teacher, also for its gradient
+    ],
+)
+def test_two_processes_train_stop_and_resume_together_as_one(stopped, changes, tmp_path):
+    """The second one is asked to stop while a network trains: both do, at the same step, and go on to the end."""
+    changes = CHANGES | changes
     config, log, run = tmp_path / "config.py", tmp_path / "log", tmp_path / "two"
-    config.write_text(config_source(**CHANGES))
+    of_stopped = run / "teacher" if stopped == "teacher" else run
+    config.write_text(config_source(**changes))
     log.mkdir()
     started = start_two(config, run, log, SECONDS_A_DISPATCH="0.5")
-    until((run / "teacher/checkpoints/13/SHA256SUMS").exists, started[0])
+    until((of_stopped / "checkpoints/13/SHA256SUMS").exists, started[0])
     started[1].send_signal(signal.SIGTERM)
     codes = ended(started, timeout=30)
     said = [(log / f"{process}.log").read_text() for process in range(2)]
     assert codes == [128 + signal.SIGTERM] * 2, said
-    (step,) = re.findall(r"teacher: saved at step (\d+) of 65", said[0])
+    (step,) = re.findall(rf"{stopped}: saved at step (\d+) of 65", said[0])
     assert int(step) < 65
-    assert (run / "teacher/checkpoints" / step / "SHA256SUMS").exists()
-    assert max(line["step"] for line in read_metrics(run / "teacher/metrics.jsonl")) <= int(step)
+    assert (of_stopped / "checkpoints" / step / "SHA256SUMS").exists()
+    assert max(line["step"] for line in read_metrics(of_stopped / "metrics.jsonl")) <= int(step)
 
     codes = ended(start_two(config, run, log), timeout=240)
     said = [(log / f"{process}.log").read_text() for process in range(2)]
     assert codes == [0, 0], said
-    assert f"teacher: goes on from step {step} of 65" in said[0]
+    assert f"{stopped}: goes on from step {step} of 65" in said[0]
     assert "x 2 in 2 processes" in said[0]
     # One process speaks and writes, but for the one that was asked; what both say is said by JAX's network library.
     spoken = [line for line in said[1].splitlines() if "[Gloo]" not in line]
     assert len(spoken) == 1 and spoken[0].startswith("SIGTERM: finishing and saving")
 
-    one = loop.train_and_evaluate(small_config(**CHANGES), tmp_path / "one")
+    one = loop.train_and_evaluate(small_config(**changes), tmp_path / "one")
     two = json.loads((run / "result.json").read_text())
     for key in ("teacher_test_accuracy", "test_accuracy_last", "test_accuracy_best"):
         assert two[key] == pytest.approx(one[key], abs=0.01)

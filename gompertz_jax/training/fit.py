@@ -414,7 +414,7 @@ def drive(
             if pending is not None:
                 conclude(*pending)
             checkpoints.wait()
-            reader.close()
+            reader.count_rest()
             if step < plan.steps:
                 say(f"{label}: saved at step {step:,} of {plan.steps:,}")
     return Driven(state, best, clock, not_converged)
@@ -591,8 +591,8 @@ class MetricsReader:
             images_per_second=images / elapsed,
         )
 
-    def close(self) -> None:
-        """Count what came after the last metrics, too: the last evaluation, and saving."""
+    def count_rest(self) -> None:
+        """Count the time after the last metrics, too: of the last evaluation, and of saving."""
         if self._clock.images:
             self._clock.step_seconds += time.monotonic() - self._last_read
 
