@@ -23,7 +23,17 @@ from .preview import read
 from .projections import measure_teacher
 from .schedules import ByProgress
 from .step import HEALTHY, TrainState, init_state, make_eval_step
-from .students import LAYOUTS, Group, Students, divides, grouped, make_comparison_step, over_students, stacked
+from .students import (
+    LAYOUTS,
+    Group,
+    Students,
+    divides,
+    grouped,
+    make_comparison_step,
+    over_students,
+    stacked,
+    term_schedules,
+)
 from .training import config as config_module
 from .training import preflight
 from .training.compilation import keep_compiled
@@ -166,9 +176,8 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
     for group in groups:
         seen: dict[bytes, str] = {}
         for index, objective in zip(group.arms, group.objectives, strict=True):
-            schedules = [s for term in objective.terms for s in (term.weight, *term.schedules.values())]
             said = hashlib.sha256()
-            for schedule in schedules:
+            for _, schedule in (named for term in objective.terms for named in term_schedules(term)):
                 said.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
                 said.update(sampled(schedule, steps).tobytes())
             other = seen.setdefault(said.digest(), names[index])

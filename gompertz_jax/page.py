@@ -39,11 +39,10 @@ def write(workdir: Path, out: Path) -> None:
         body = _comparison(read_json(workdir / "results.json"), lines)
     elif (workdir / "tune.json").exists():
         body = _search(read_json(workdir / "tune.json"), lines)
-    elif (workdir / "config.json").exists() and "arms" in (content := read_json(workdir / "config.json")):
-        body = _going(content, lines)
     elif (workdir / "config.json").exists():
+        config = read_json(workdir / "config.json")
         result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
-        body = _run(result, read_json(workdir / "config.json"), lines)
+        body = _going(config, lines) if "arms" in config else _run(result, config, lines)
     else:
         raise RunError(f"{workdir} holds no run and no comparison: give the --workdir of one")
     title = html.escape(workdir.absolute().name)
@@ -91,9 +90,7 @@ def _search(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> It
 
     yield f"<p>{result['trials']} {html.escape(result['search'])} trials of every arm, by validation accuracy.</p>"
     yield _table(best_trials(result))
-    if lines:
-        yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
-        yield from _telemetry(_by_arm(lines))
+    yield from _progress(lines)
     yield from _provenance(result, result["config"])
 
 
@@ -101,10 +98,16 @@ def _going(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Ite
     """A comparison or a search that has not ended."""
     steps = max((line["step"] for line in lines), default=0)
     yield f"<p>Not finished: {steps:,} steps of {len(config['arms'])} arms so far.</p>"
-    if lines:
-        yield from _figure("Validation accuracy", report.validation_figure(_by_arm(lines)))
-        yield from _telemetry(_by_arm(lines))
+    yield from _progress(lines)
     yield from _provenance({}, config)
+
+
+def _progress(lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Validation accuracy and telemetry of every arm, where there is a line of it."""
+    if lines:
+        by_arm = _by_arm(lines)
+        yield from _figure("Validation accuracy", report.validation_figure(by_arm))
+        yield from _telemetry(by_arm)
 
 
 def _by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

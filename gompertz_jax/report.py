@@ -146,26 +146,26 @@ def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, An
       gradient; empty where nothing was measured. What is not finite in a student is left out, and what was
       measured where the first term pulled not at all.
     """
+
+    def pull(line: Mapping[str, Any], name: str) -> float | None:
+        weight, norm = line.get(f"{name}/weight"), line.get(f"{name}/gradient_norm")
+        return None if weight is None or norm is None else weight * norm
+
     found: dict[tuple[str, str], dict[int, list[tuple[float, float, float]]]] = {}
     for line in lines:
         if line["split"] != "train":
             continue
         arm = line["arm"]
-        norms = {name: line.get(f"{name}/gradient_norm") for name in terms_of[arm]}
-        weights = {name: line.get(f"{name}/weight") for name in terms_of[arm]}
-        weighted = {
-            name: weights[name] * norm for name, norm in norms.items() if norm is not None and weights[name] is not None
-        }
-        first = weighted.get(terms_of[arm][0])
-        for name, pull in weighted.items():
-            cosine = line.get(f"{name}/gradient_cosine")
-            if first and cosine is not None:
+        first = pull(line, terms_of[arm][0])
+        for name in terms_of[arm]:
+            own, cosine = pull(line, name), line.get(f"{name}/gradient_cosine")
+            if first and own is not None and cosine is not None:
                 at = found.setdefault((arm, name), {}).setdefault(line["step"], [])
-                at.append((norms[name], pull / first, cosine))
+                at.append((line[f"{name}/gradient_norm"], own / first, cosine))
 
     def averaged(at: Mapping[int, Any]) -> dict[str, Any]:
-        norm, pull, cosine = np.array([np.mean(at[step], axis=0) for step in sorted(at)]).T.tolist()
-        return {"step": sorted(at), "norm": norm, "pull": pull, "cosine": cosine}
+        columns = np.array([np.mean(at[step], axis=0) for step in sorted(at)]).T.tolist()
+        return {"step": sorted(at), **dict(zip(("norm", "pull", "cosine"), columns, strict=True))}
 
     measured = {
         arm: {name: averaged(found[arm, name]) for name in names if (arm, name) in found}

@@ -61,7 +61,7 @@ class Group(NamedTuple):
         def numbers(objective: Objective) -> list[dict[str, Array]]:
             where = state.step, progress_of(state)
             return [
-                {name: jnp.asarray(value_at(schedule, *where), jnp.float32) for name, schedule in _schedules(term)}
+                {name: jnp.asarray(value_at(schedule, *where), jnp.float32) for name, schedule in term_schedules(term)}
                 for term in objective.terms
             ]
 
@@ -74,7 +74,8 @@ class Group(NamedTuple):
         return first._replace(terms=tuple(terms))
 
 
-def _schedules(term: Term) -> list[tuple[str, Any]]:
+def term_schedules(term: Term) -> list[tuple[str, Any]]:
+    """All schedules of a term by the argument they are of, "" for its weight."""
     return [("", term.weight), *term.schedules.items()]
 
 
