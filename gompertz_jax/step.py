@@ -415,6 +415,8 @@ def make_learn(
         gradient_norm = optax.tree.norm(gradient)
         weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
         sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
+        # Or XLA repeats the conjunction over all arrays in the fusion of each, a quarter to a half of the program.
+        sound = jax.lax.optimization_barrier(sound)
         failed_term = jnp.argmin(sound).astype(jnp.int32)
         accept = sound.all() & (state.failed_term == HEALTHY)
         newly_failed = ~sound.all() & (state.failed_term == HEALTHY)

@@ -466,6 +466,25 @@ def test_an_update_that_overflows_is_refused_although_its_gradient_is_finite():
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), before)
 
 
+def test_the_refusal_of_what_is_not_finite_grows_with_the_state_and_not_with_its_square():
+    """Each array is kept or refused for all of them together: XLA must not repeat that for each."""
+
+    def apply(params, stats, images, *, train, key=None):
+        vector = images.reshape(images.shape[0], -1)
+        for shift in params["shifts"]:
+            vector = jnp.tanh(vector + shift)
+        return gj.Outputs(vector[:, :CLASSES], (images,), vector), stats
+
+    def conjunctions(depth):
+        shifts = [jnp.full((np.prod(SHAPE),), 0.1 * index) for index in range(depth)]
+        network, optimizer = gj.Network(apply, {"shifts": shifts}, {}, 0.0, 1.0), optax.sgd(0.1, momentum=0.9)
+        state = gj.init_state(network, optimizer, gj.student_alone(), SHAPE)
+        step = gj.make_train_step(network, optimizer, gj.student_alone())
+        return step.lower(state, None, batch()).compile().as_text().count(" and(")
+
+    assert conjunctions(40) < 3 * conjunctions(20)
+
+
 def test_failure_is_sticky_and_later_steps_change_nothing():
     objective = gj.student_alone()
     weight = lambda step: jnp.where(step == 1, jnp.inf, 1.0)  # noqa: E731
