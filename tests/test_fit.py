@@ -1,6 +1,7 @@
 """How a recipe becomes steps, dispatches and evaluations, and what the loop over them leaves alone."""
 
 import gc
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -114,6 +115,23 @@ def test_the_same_seed_writes_the_same_numbers_wherever_the_images_live_and_anot
         for place in ("device", "host")
     ]
     assert lines[0] == lines[1]
+
+
+def test_the_rate_of_a_run_counts_the_last_evaluation_and_saving(tmp_path, monkeypatch):
+    """On a clock by which nothing takes time but writing the last checkpoint: an hour."""
+    now, original = [0.0], fit.Checkpoints.wait
+
+    def monotonic():
+        now[0] += 0.1
+        return now[0]
+
+    def wait(self):
+        now[0] += 3600.0 * (self.latest_step == 27)
+        original(self)
+
+    monkeypatch.setattr(fit.Checkpoints, "wait", wait)
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=monotonic))
+    assert run(tmp_path).images_per_second == pytest.approx(39 * 96 / 3600, rel=0.01)
 
 
 def test_of_equal_evaluations_the_later_one_is_kept(tmp_path):
