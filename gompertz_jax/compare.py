@@ -167,25 +167,24 @@ def _changed(config: Config, name: str, change: Arm) -> Config:
 
 
 def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], steps: int) -> None:
-    """Refuse two arms that would train the same students.
+    """Refuse arms that would train the same students.
 
     Raises:
-      RunError: names them, and what may be the reason.
+      RunError: names them all, and what may be the reason.
     """
-    names = list(objectives)
-    for group in groups:
-        seen: dict[bytes, str] = {}
+    names, same = list(objectives), {}
+    for number, group in enumerate(groups):
         for index, objective in zip(group.arms, group.objectives, strict=True):
             said = hashlib.sha256()
             for _, schedule in (named for term in objective.terms for named in term_schedules(term)):
                 said.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
                 said.update(sampled(schedule, steps).tobytes())
-            other = seen.setdefault(said.digest(), names[index])
-            if other != names[index]:
-                raise RunError(
-                    f"the arms {other!r} and {names[index]!r} are the same objective at every step: leave one out. "
-                    "An arm changes objective.curve, which counts only where a term's weight reads it: '1 * curve'"
-                )
+            same.setdefault((number, said.digest()), []).append(names[index])
+    if equal := [" and ".join(map(repr, arms)) for arms in same.values() if len(arms) > 1]:
+        raise RunError(
+            f"the arms {', and '.join(equal)} are the same objective at every step: keep one of each. "
+            "An arm changes objective.curve, which counts only where a term's weight reads it: '1 * curve'"
+        )
 
 
 def with_student(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:

@@ -118,11 +118,14 @@ def test_mistakes_are_told_before_any_work(changes, options, message, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_two_arms_of_the_same_objective_are_refused(tmp_path):
+def test_arms_of_the_same_objective_are_refused_all_at_once(tmp_path):
     """Where no weight reads the curve, arms that change it change nothing."""
-    config = small_config(**{"objective.terms.kd.weight": "0.5"})
-    with pytest.raises(RunError, match="the arms 'matched' and 'gompertz' are the same objective at every step"):
-        room.compare(config, tmp_path, arms=arms_of(config), seeds=1)
+    config = small_config(**{"objective.terms.kd.weight": "0.5", "objective.terms.wasserstein.weight": "0.5"})
+    arms = {name: room.arm(config, name) for name in ("matched", "gompertz", "transport", "linear")}
+    arms["again"] = arms["transport"]
+    message = "the arms 'matched' and 'gompertz' and 'linear', and 'transport' and 'again' are the same objective"
+    with pytest.raises(RunError, match=message):
+        room.compare(config, tmp_path, arms=arms, seeds=1)
     assert {path.name for path in tmp_path.iterdir()} <= {"lock"}
 
 
