@@ -4,6 +4,7 @@ All students see the same batches and the same teacher; those of one seed begin 
 the objective. The students' validation chooses, and the test images are read once, at the end.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -135,6 +136,14 @@ def arm(config: Config, name: str) -> Config:
             f"the arm {name!r} is unknown; there are {', '.join(ARMS)}, and NAME=FILE, of a config of its own"
         )
     return _changed(config, name, ARMS[name])
+
+
+def _about(config: Config, name: str, of_arm: Config) -> str:
+    """What an arm is, in words; a config of its own may have the name of a known arm and be another thing."""
+    with contextlib.suppress(RunError):
+        if arm(config, name).objective == of_arm.objective:
+            return ARMS[name].about
+    return "the objective of a config of its own"
 
 
 def _changed(config: Config, name: str, change: Arm) -> Config:
@@ -276,12 +285,12 @@ class Trained(NamedTuple):
         trial, held = self.trial, self.dataset.validation
         listed: dict[str, dict[str, Any]] = {
             name: {
-                "about": ARMS[name].about if name in ARMS else "the objective of a config",
+                "about": _about(trial.config, name, of_arm),
                 "objective": trial.content["arms"][name],
                 "schedules": self.schedules[name],
                 "students": [],
             }
-            for name in trial.arms
+            for name, of_arm in trial.arms.items()
         }
         state, best = jax.device_get((self.driven.state.groups, self.driven.best))
         for student in self.students:

@@ -19,7 +19,10 @@ ARMS = ("matched", "gompertz")
 
 
 def arms_of(config):
-    return {name: room.arm(config, name) for name in ARMS}
+    """A known arm, and a config of its own by the name of another."""
+    arms = {name: room.arm(config, name) for name in ARMS}
+    arms["gompertz"].objective.terms.kd.temperature = "3"
+    return arms
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,11 @@ def compared(tmp_path_factory):
 def test_the_student_alone_is_always_there_and_every_arm_has_every_seed(compared):
     _, workdir, results = compared
     assert list(results["arms"]) == ["student", *ARMS]
+    assert {name: arm["about"] for name, arm in results["arms"].items()} == {
+        "student": "the student alone",
+        "matched": room.ARMS["matched"].about,
+        "gompertz": "the objective of a config of its own",
+    }
     for arm in results["arms"].values():
         assert [student["seed"] for student in arm["students"]] == [0, 1]
         for student in arm["students"]:
