@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from _common import hardware, save_record, versions
+from jax_step import rolled
 
 import gompertz_jax as gj
 from gompertz_jax.students import LAYOUTS, Students, grouped, make_comparison_step, stacked
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--arms", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="a dispatch")
+    parser.add_argument("--steps", type=int, default=8, help="a dispatch")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--layouts", default="map", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--json")
@@ -57,23 +58,22 @@ def main():
         "label": jnp.arange(options.batch) % options.classes,
     }
     state, teacher, batch = replicate((state, teacher, batch), mesh)
-    soft = teacher.forward(batch["image"], train=False)[0].logits
-    told = gj.Term("kd", kd.weight, lambda record: gj.soft_target_kl(record.student.logits, soft), distils=False)
+    told = batch | {"teacher_logits": teacher.forward(batch["image"], train=False)[0].logits}
 
     def copy():
         return jax.tree.map(jnp.copy, state)
 
-    def of_one(objective, taught):
-        step = gj.make_train_step(student, optimizer, objective, steps_per_dispatch=options.steps, mesh=mesh)
+    several = {"make_batch": rolled, "steps_per_dispatch": options.steps, "mesh": mesh}
+
+    def of_one(taught, batch):
+        step = gj.make_train_step(student, optimizer, arms[0], **several)
         step = step.lower(state, taught, batch).compile()
         return lambda held: step(held, taught, batch)[0]
 
     def of_all(layout):
         groups = grouped(arms)
         students = replicate(Students(jnp.int32(0), (stacked([state] * options.arms),)), mesh)
-        step = make_comparison_step(
-            student, optimizer, groups, steps_per_dispatch=options.steps, layout=layout, mesh=mesh
-        )
+        step = make_comparison_step(student, optimizer, groups, layout=layout, **several)
         step = step.lower(students, teacher, batch).compile()
         return students, lambda held: step(held, teacher, batch)[0]
 
@@ -94,9 +94,9 @@ def main():
 
     for layout in options.layouts.split(","):
         add(f"one program, {layout}", lambda layout=layout: of_all(layout))
-    add("separate", lambda: (copy(), of_one(arms[0], teacher)))
+    add("separate", lambda: (copy(), of_one(teacher, batch)))
     kinds["separate"][2] = options.arms
-    add("student", lambda: (copy(), of_one(gj.Objective((ce, told)), None)))
+    add("student", lambda: (copy(), of_one(None, told)))
     add("teacher", lambda: (jnp.float32(0), look.lower(jnp.float32(0)).compile()))
     seconds = {name: [] for name in kinds}
     for repetition in range(options.repetitions + 1):
