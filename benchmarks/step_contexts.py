@@ -41,7 +41,11 @@ def stock_conv(x, w, *, strides=(1, 1), padding=((0, 0), (0, 0))):
 
 
 def make_step(student, teacher, *, second_order):
-    """`(params, stats, images, labels) -> (params, stats)` of plain gradient descent."""
+    """`(params, stats, images, labels, turn) -> (params, stats)` of plain gradient descent.
+
+    The images are in another order at every turn: of the same ones the compiler would take the frozen teacher's passes
+    out of a loop.
+    """
 
     def loss(params, stats, images, labels):
         network = student.replace(params=params, stats=stats)
@@ -70,7 +74,8 @@ def make_step(student, teacher, *, second_order):
         targets = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits) / 4)
         return value - 16 * (targets * jax.nn.log_softmax(logits / 4)).sum(1).mean(), new_stats
 
-    def step(params, stats, images, labels):
+    def step(params, stats, images, labels, turn):
+        images, labels = (jnp.roll(array, turn, 0) for array in (images, labels))
         gradient, stats = jax.grad(loss, has_aux=True)(params, stats, images, labels)
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient), stats
 
@@ -80,11 +85,11 @@ def make_step(student, teacher, *, second_order):
 def in_scan(step):
     """SCAN_LENGTH steps of one program."""
 
-    def steps(params, stats, images, labels):
-        def body(carry, _):
-            return step(*carry, images, labels), None
+    def steps(params, stats, images, labels, turn):
+        def body(carry, index):
+            return step(*carry, images, labels, turn + index), None
 
-        return jax.lax.scan(body, (params, stats), length=SCAN_LENGTH)[0]
+        return jax.lax.scan(body, (params, stats), jnp.arange(SCAN_LENGTH))[0]
 
     return steps
 
@@ -92,9 +97,9 @@ def in_scan(step):
 def in_cond(step):
     """One step behind a condition that is known at run time only."""
 
-    def guarded(params, stats, images, labels):
-        keep = jnp.isfinite(images.sum())
-        return jax.lax.cond(keep, step, lambda params, stats, *_: (params, stats), params, stats, images, labels)
+    def guarded(params, stats, *batch):
+        keep = jnp.isfinite(batch[0].sum())
+        return jax.lax.cond(keep, step, lambda params, stats, *_: (params, stats), params, stats, *batch)
 
     return guarded
 
@@ -109,7 +114,7 @@ def compile_step(context, stock, options):
     teacher = gj.models.create(options.teacher, num_classes=100, key=key) if options.teacher else None
     images = jax.random.uniform(jax.random.key(1), (options.batch, 32, 32, 3))
     labels = jnp.arange(options.batch) % 100
-    arguments = student.params, student.stats, images, labels
+    arguments = student.params, student.stats, images, labels, jnp.int32(1)
     step = CONTEXTS[context][0](make_step(student, teacher, second_order=options.second_order))
     stock_rules = mock.patch.multiple(convolution, conv=stock_conv, depthwise_conv=stock_conv)
     with stock_rules if stock else contextlib.nullcontext():
