@@ -143,7 +143,7 @@ def _about(config: Config, name: str, of_arm: Config) -> str:
     with contextlib.suppress(RunError):
         if arm(config, name).objective == of_arm.objective:
             return ARMS[name].about
-    return "the objective of a config of its own"
+    return "an objective of its own"
 
 
 def _changed(config: Config, name: str, change: Arm) -> Config:
@@ -189,9 +189,9 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
                 said.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
                 said.update(sampled(schedule, steps).tobytes())
             same.setdefault((number, said.digest()), []).append(names[index])
-    if equal := [" and ".join(map(repr, arms)) for arms in same.values() if len(arms) > 1]:
+    if equal := [" = ".join(map(repr, arms)) for arms in same.values() if len(arms) > 1]:
         raise RunError(
-            f"the arms {', and '.join(equal)} are the same objective at every step: keep one of each. "
+            f"arms are the same objective at every step: {'; '.join(equal)}. Keep one of each. "
             "An arm changes objective.curve, which counts only where a term's weight reads it: '1 * curve'"
         )
 

@@ -415,7 +415,7 @@ def make_learn(
         gradient_norm = optax.tree.norm(gradient)
         weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
         sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
-        # Or XLA repeats the conjunction over all arrays in the fusion of each, a quarter to a half of the program.
+        # Or XLA repeats the conjunction over all arrays in the fusion of each: half of resnet56 -> resnet20's step.
         sound = jax.lax.optimization_barrier(sound)
         failed_term = jnp.argmin(sound).astype(jnp.int32)
         accept = sound.all() & (state.failed_term == HEALTHY)

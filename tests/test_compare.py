@@ -38,7 +38,7 @@ def test_the_student_alone_is_always_there_and_every_arm_has_every_seed(compared
     assert {name: arm["about"] for name, arm in results["arms"].items()} == {
         "student": "the student alone",
         "matched": room.ARMS["matched"].about,
-        "gompertz": "the objective of a config of its own",
+        "gompertz": "an objective of its own",
     }
     for arm in results["arms"].values():
         assert [student["seed"] for student in arm["students"]] == [0, 1]
@@ -131,7 +131,7 @@ def test_arms_of_the_same_objective_are_refused_all_at_once(tmp_path):
     config = small_config(**{"objective.terms.kd.weight": "0.5", "objective.terms.wasserstein.weight": "0.5"})
     arms = {name: room.arm(config, name) for name in ("matched", "gompertz", "transport", "linear")}
     arms["again"] = arms["transport"]
-    message = "the arms 'matched' and 'gompertz' and 'linear', and 'transport' and 'again' are the same objective"
+    message = "the same objective at every step: 'matched' = 'gompertz' = 'linear'; 'transport' = 'again'. Keep one"
     with pytest.raises(RunError, match=message):
         room.compare(config, tmp_path, arms=arms, seeds=1)
     assert {path.name for path in tmp_path.iterdir()} <= {"lock"}

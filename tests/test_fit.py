@@ -117,8 +117,8 @@ def test_the_same_seed_writes_the_same_numbers_wherever_the_images_live_and_anot
     assert lines[0] == lines[1]
 
 
-def test_the_rate_of_a_run_counts_the_last_evaluation_and_saving(tmp_path, monkeypatch):
-    """On a clock by which nothing takes time but writing the last checkpoint: an hour."""
+def test_the_rate_of_a_run_counts_what_follows_the_last_step(tmp_path, monkeypatch):
+    """On a clock by which writing the last checkpoint takes an hour, and all else next to nothing."""
     now, original = [0.0], fit.Checkpoints.wait
 
     def monotonic():
