@@ -46,6 +46,7 @@ def forms(matched):
     return {
         "plain, epsilon .05": (sinkhorn, maps, True),
         "plain, epsilon .01": (partial(sinkhorn, epsilon=0.01), maps, True),
+        "plain, threshold .01": (partial(sinkhorn, threshold=0.01), maps, True),
         "debiased": (partial(sinkhorn, debiased=True), maps, True),
         "cosine": (partial(sinkhorn, cost="cosine"), maps, True),
         "unbalanced, penalty 1": (partial(sinkhorn, marginal_penalty=1.0), maps, True),

@@ -172,6 +172,7 @@ def wasserstein(
     cloud: str = "image",
     cost: str = "squared_euclidean",
     marginal_penalty: float = 0.0,
+    threshold: float = 1e-3,
 ) -> tuple[Float[Array, "..."], Health]:
     """Transport between both maps; the squared Euclidean cost is divided by the width (about 0 to 2).
 
@@ -185,6 +186,7 @@ def wasserstein(
         mass moves between images of one class only.
       cost: see `sinkhorn_distance`.
       marginal_penalty: likewise; 0 keeps both marginals.
+      threshold: likewise. A looser one saves iterations where maps have come near each other, which needs the most.
 
     Returns:
       One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
@@ -198,7 +200,7 @@ def wasserstein(
     if cloud == "class":
         if debiased or marginal_penalty:
             raise ValueError("cloud='class' takes neither debiased nor marginal_penalty")
-        transport = partial(class_sinkhorn_distance, cost=cost, return_diagnostics=True)
+        transport = partial(class_sinkhorn_distance, cost=cost, threshold=threshold, return_diagnostics=True)
         distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), record.labels, epsilon=epsilon)
         return distance, _told(health, distance.dtype)
     transport = partial(
@@ -206,6 +208,7 @@ def wasserstein(
         cost=cost,
         marginal_penalty=marginal_penalty or None,
         debiased=debiased,
+        threshold=threshold,
         return_diagnostics=True,
     )
     if cloud == "image":

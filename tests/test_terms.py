@@ -241,5 +241,9 @@ def test_transport_takes_other_costs_soft_marginals_and_classes():
     by_class, _ = terms.wasserstein(r, cloud="class")
     # three labels, three images: the plan is the identity
     np.testing.assert_allclose(by_class, jnp.square(x.mean(1) - y.mean(1)).sum(-1).mean(), rtol=1e-5)
+    for cloud in ("image", "batch", "class"):
+        strict, loose = (terms.wasserstein(r, cloud=cloud, threshold=t)[1]["iterations"] for t in (1e-6, 0.5))
+        assert np.all(np.asarray(loose) == 5) and np.all(np.asarray(strict) >= loose), cloud
+        assert cloud == "class" or np.all(np.asarray(strict) > 5)
     with pytest.raises(ValueError, match="cloud='class' takes neither debiased nor marginal_penalty"):
         terms.wasserstein(r, cloud="class", debiased=True)
