@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.errors import RunError, config_error
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
 from gompertz_jax.training.stop import Stopped, leave
@@ -25,7 +25,7 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, OSError) as error:
-        sys.exit(f"error: --config: {' '.join(str(error).split())}")
+        sys.exit(f"error: {config_error(error)}")
 
 
 def main(arguments: list[str]) -> None:

@@ -212,12 +212,14 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
+    from .training.errors import config_error
+
     values, arguments = flags.FlagValues(), ["gompertz-jax", f"--config={file}", *overrides]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
         rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"--config: {' '.join(str(error).split())}") from error
+        raise ValueError(config_error(error)) from error
     if not isinstance(config.value, ml_collections.ConfigDict):  # what stands for a file that cannot be read
         raise ValueError(f"--config: {file} cannot be read as a config")
     if rest:

@@ -176,6 +176,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
     [
         (["--config.recipe.epoch=3"], 'Did you mean "epochs"'),
         (["--config.recipe.epochs=many"], "config.recipe.epochs=many"),
+        (["--config.objective.terms.other.weight=1"], "error: --config: there is no key 'other'; the command line"),
         (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
         (["stray"], "unexpected argument 'stray'"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),

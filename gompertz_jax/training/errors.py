@@ -7,3 +7,11 @@ class RunError(ValueError):
 
 class DataError(RunError):
     """Data that is missing, damaged or not what was asked for; the message names it and the way out."""
+
+
+def config_error(error: Exception) -> str:
+    """One line on a config that cannot be read, or not be changed as the command line says."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, KeyError) and text.strip("'").isidentifier():  # all that ConfigDict says
+        text = f"there is no key {text}; the command line changes what the config file has, and adds nothing to it"
+    return f"--config: {text}"
