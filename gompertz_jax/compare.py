@@ -181,7 +181,8 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
     Raises:
       RunError: names them all, and what may be the reason.
     """
-    names, same = list(objectives), {}
+    names = list(objectives)
+    same: dict[tuple[int, bytes], list[str]] = {}
     for number, group in enumerate(groups):
         for index, objective in zip(group.arms, group.objectives, strict=True):
             said = hashlib.sha256()
