@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import commit, hardware, save_record, versions
+from jax_step import rolled
 
 import gompertz_jax as gj
 from gompertz_jax.models import convolution
@@ -41,11 +42,7 @@ def stock_conv(x, w, *, strides=(1, 1), padding=((0, 0), (0, 0))):
 
 
 def make_step(student, teacher, *, second_order):
-    """`(params, stats, images, labels, turn) -> (params, stats)` of plain gradient descent.
-
-    The images are in another order at every turn: of the same ones the compiler would take the frozen teacher's passes
-    out of a loop.
-    """
+    """`(params, stats, images, labels, turn) -> (params, stats)` of plain gradient descent, on the images `rolled`."""
 
     def loss(params, stats, images, labels):
         network = student.replace(params=params, stats=stats)
@@ -75,8 +72,8 @@ def make_step(student, teacher, *, second_order):
         return value - 16 * (targets * jax.nn.log_softmax(logits / 4)).sum(1).mean(), new_stats
 
     def step(params, stats, images, labels, turn):
-        images, labels = (jnp.roll(array, turn, 0) for array in (images, labels))
-        gradient, stats = jax.grad(loss, has_aux=True)(params, stats, images, labels)
+        batch = rolled({"images": images, "labels": labels}, turn)
+        gradient, stats = jax.grad(loss, has_aux=True)(params, stats, **batch)
         return jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient), stats
 
     return step

@@ -10,8 +10,10 @@ from helpers import differences_of_metrics, small_config
 
 from gompertz_jax import compare as room
 from gompertz_jax.cli import main
+from gompertz_jax.students import grouped
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
+from gompertz_jax.training.objectives import build_objective
 from gompertz_jax.training.stop import Stop, Stopped
 from gompertz_jax.training.writer import read_metrics
 
@@ -135,6 +137,13 @@ def test_arms_of_the_same_objective_are_refused_all_at_once(tmp_path):
     with pytest.raises(RunError, match=message):
         room.compare(config, tmp_path, arms=arms, seeds=1)
     assert {path.name for path in tmp_path.iterdir()} <= {"lock"}
+
+
+def test_progress_is_not_the_clock():
+    """Arms that differ in what their curve is read at are not the same."""
+    config = small_config()
+    objectives = {name: build_objective(room.arm(config, name), 39) for name in ("gompertz", "progress", "matched")}
+    room.check_differ(objectives, grouped(list(objectives.values())), 39)
 
 
 def test_another_comparison_is_refused_in_the_same_workdir(compared):
