@@ -23,6 +23,7 @@ from gompertz_jax.training.writer import read_metrics
 
 FLAGS = os.environ["XLA_FLAGS"]  # conftest's
 TOLERANCE = 2e-5  # relative, of losses and of the norm of all weights; seen: 1e-5 and 5e-6
+SMALL = ("batch_correlation", "probabilistic_transfer")  # losses that begin under 1e-3: 4e-4 and 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_eight_devices_train_as_one(eight, case):
     one, several = np.load(eight / "one.npz"), np.load(eight / "eight.npz")
     np.testing.assert_allclose(several[f"{case}/losses"], one[f"{case}/losses"], rtol=TOLERANCE)
     assert distance(one[f"{case}/weights"], several[f"{case}/weights"]) < TOLERANCE
-    assert one[f"{case}/losses"][0] > 1e-4
+    assert one[f"{case}/losses"][0] > (1e-4 if case in SMALL else 1e-3)
     if case != "all":
         # The case is what it says it is: its loss is that term's alone.
         np.testing.assert_allclose(one[f"{case}/losses"], one[f"{case}/{case}/raw"], rtol=1e-6)
