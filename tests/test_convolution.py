@@ -1,4 +1,7 @@
-"""The convolution rules against direct sums in float64 NumPy, and their derivatives against XLA's own in float64."""
+"""The convolution rules against direct sums in float64 NumPy, and their derivatives against XLA's own in float64.
+
+The rectifiers against their definition.
+"""
 
 import itertools
 from functools import partial
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from gompertz_jax.models.convolution import conv, depthwise_conv
+from gompertz_jax.models.convolution import conv, depthwise_conv, relu, relu6
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -297,3 +300,67 @@ def test_a_kernel_too_large_is_refused():
     x, w = jnp.zeros((1, 4, 4, 1)), jnp.zeros((7, 7, 1, 1))
     with pytest.raises(ValueError, match=r"kernel of \(7, 7\) does not fit"):
         conv(x, w, padding=((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(("rectify", "ceiling"), [(relu, np.inf), (relu6, 6.0)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rectifiers_are_their_definition(rectify, ceiling, dtype):
+    x = jnp.array([-np.inf, -2, -0.0, 0, 1e-30, 3, 5.5, 6, 7, np.inf], dtype)
+    expected = np.clip(np.asarray(x, np.float64), 0, ceiling)
+    passes = [0, 0, 0, 0, 1, 1, 1, *([0, 0, 0] if rectify is relu6 else [1, 1, 1])]
+    y, pull_back = jax.vjp(rectify, x)
+    (gradient,) = pull_back(jnp.full_like(x, 2))
+    assert y.dtype == gradient.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(y, np.float64), expected)
+    np.testing.assert_array_equal(np.asarray(gradient, np.float64), 2.0 * np.array(passes))
+    _, tangent = jax.jvp(rectify, (x,), (jnp.full_like(x, 2),))
+    np.testing.assert_array_equal(tangent, gradient)
+    np.testing.assert_array_equal(jax.jit(rectify)(x), y)
+
+
+def test_a_rectifier_hides_nothing():
+    value, gradient = jax.value_and_grad(relu)(jnp.array(jnp.nan))
+    assert np.isnan(value)
+    assert gradient == 0
+
+
+@pytest.mark.parametrize(("rectify", "kinks"), [(relu, [0]), (relu6, [0, 6])])
+def test_rectifiers_in_every_order_and_context(rectify, kinks):
+    """Between the kinks a rectifier is linear, so that its derivatives are those of the functions around it."""
+    generator = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, w = (jnp.asarray(generator.normal(3, 4, (3, 5))) for _ in range(2))
+        assert min(float(jnp.abs(x * w - kink).min()) for kink in kinks) > 1e-3
+
+        def third(f):
+            inner = jax.grad(lambda w, x: jnp.tanh(f(w * x)).sum(), 1)
+            middle = jax.grad(lambda w, x: (inner(w, x) ** 3).sum())
+            return jax.grad(lambda w, x: jnp.tanh(middle(w, x)).sum())
+
+        ours = third(rectify)
+        want = third(lambda y: jnp.where((y > 0) & (y < max(kinks[1:], default=np.inf)), y, jnp.clip(y, 0, 6)))(w, x)
+        assert np.abs(want).max() > 1e-3
+        for name, context in CONTEXTS.items():
+            np.testing.assert_allclose(jax.jit(partial(context, ours))(w, x), want, rtol=1e-12, err_msg=name)
+
+
+def residual_blocks(w, x):
+    for _ in range(4):
+        x = relu(conv(x, w, padding=((1, 1), (1, 1))) / (1 + jnp.abs(x).mean()) + x)
+    return x
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="in JAX 0.10 XLA drops barriers before it fuses")
+def test_on_cpu_what_is_rectified_is_computed_once():
+    """With `jax.nn.relu`, every reader of a block's output computes the blocks before it again: 52 maxima for 4."""
+    x, w = map(jnp.asarray, draw((8, 8), (3, 3), channels=3, filters=3, dtype=np.float32))
+    text = jax.jit(input_gradient_penalty(lambda x, w: residual_blocks(w, x))).lower(w, x).compile().as_text()
+    assert text.count(" maximum(") == 4
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_other_backends_may_fuse_rectifiers(platform):
+    x, w = map(jnp.asarray, draw((8, 8), (3, 3), channels=3, filters=3, dtype=np.float32))
+    traced = jax.jit(jax.grad(lambda w, x: residual_blocks(w, x).sum())).trace(w, x)
+    assert "optimization_barrier" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "optimization_barrier" not in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -1,4 +1,4 @@
-"""The convolution rules per backend. Models call `conv` and `depthwise_conv` and know nothing of what is below.
+"""The convolution rules per backend, and the rectifiers between convolutions. Models know nothing of what is below.
 
 On CPU, XLA has a fast kernel for the plain forward convolution only. The gradients that JAX derives are convolutions
 with permuted dimensions and dilations; inside `scan`, `cond` and `map` those leave the fast path and cost 15 to 100
@@ -121,6 +121,44 @@ def depthwise_conv(
     return _output(_geometry(x, w, strides, padding)._replace(groups=x.shape[3]), x, w)
 
 
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The rectifier, whose derivative at 0 is 0.
+
+        y = max(x, 0),    dy = dx where y > 0, else 0
+
+    What `jax.nn.relu` computes, in forward and reverse mode and of every order, but the derivative reads the output,
+    which the next convolution keeps anyway. On CPU the compiler has to write output and derivative to memory.
+
+    Args:
+      x: any map.
+
+    Returns:
+      The same shape and dtype.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from gompertz_jax.models.convolution import relu
+      >>> x = jnp.array([-1.0, 0.0, 2.0])
+      >>> relu(x).tolist(), jax.grad(lambda x: relu(x).sum())(x).tolist()
+      ([0.0, 0.0, 2.0], [0.0, 0.0, 1.0])
+    """
+    return _rectified(None, x)
+
+
+def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The rectifier that is cut off at 6, whose derivative at 0 and at 6 is 0; otherwise as `relu`.
+
+        y = min(max(x, 0), 6),    dy = dx where 0 < y < 6, else 0
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gompertz_jax.models.convolution import relu6
+      >>> relu6(jnp.array([-1.0, 2.0, 7.0])).tolist()
+      [0.0, 2.0, 6.0]
+    """
+    return _rectified(6.0, x)
+
+
 def _geometry(x: Array, w: Array, strides: Pair, padding: tuple[Pair, Pair]) -> _Geometry:
     (_, height, width, _), (kernel_height, kernel_width, _, _) = x.shape, w.shape
     geometry = _Geometry((height, width), (kernel_height, kernel_width), strides, padding)
@@ -187,6 +225,28 @@ def _weight_gradient_bwd(geometry, residuals, w):
 _output.defvjp(_with_residuals(_output), _output_bwd)
 _input_gradient.defvjp(_with_residuals(_input_gradient), _input_gradient_bwd)
 _weight_gradient.defvjp(_with_residuals(_weight_gradient), _weight_gradient_bwd)
+
+
+# XLA on CPU computes a cheap producer again in each of its readers. A rectifier has many: the convolution, both
+# gradients, the shortcut; and through the shortcuts of a stage a reader would repeat the normalisation of every block
+# before it. So what is rectified, and its cotangent, are kept.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rectified(ceiling: float | None, x: Array) -> Array:
+    return _kept(jnp.clip(x, 0, ceiling))
+
+
+@_rectified.defjvp
+def _rectified_jvp(ceiling, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    y = _rectified(ceiling, x)
+    passes = y > 0 if ceiling is None else (y > 0) & (y < ceiling)
+    return y, _kept(jnp.where(passes, tangent, 0))
+
+
+def _kept(x: Array) -> Array:
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 # Every backend but the CPU: XLA's own convolution and the gradients that JAX derives from it.

@@ -5,11 +5,11 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 
 from collections.abc import Sequence
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
+from .convolution import relu, relu6
 from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean, in_turn, one_per_map, shifted
 from .resnet import ConvNorm
 
@@ -45,9 +45,9 @@ class InvertedResidual(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
-        relu = jax.nn.relu6 if self.relu6 else jax.nn.relu
-        hidden = relu(self.expand(x, train=train)) if hasattr(self, "expand") else x
-        hidden = relu(self.depthwise_norm(self.depthwise(hidden), train=train))
+        rectify = relu6 if self.relu6 else relu
+        hidden = rectify(self.expand(x, train=train)) if hasattr(self, "expand") else x
+        hidden = rectify(self.depthwise_norm(self.depthwise(hidden), train=train))
         projected = self.project(hidden, train=train)
         return x + projected if self.residual else projected
 
@@ -112,15 +112,15 @@ class MobileNetV2(nnx.Module):
         offsets: Sequence[Float[Array, "..."] | None] | None = None,
     ) -> Outputs:
         ahead = iter(one_per_map(offsets, 2 + len(_STAGE_ENDS)))
-        relu = jax.nn.relu6 if self.relu6 else jax.nn.relu
-        x = shifted(relu(self.stem(x, train=train)), next(ahead))
+        rectify = relu6 if self.relu6 else relu
+        x = shifted(rectify(self.stem(x, train=train)), next(ahead))
         features = [x]
         for index, names in enumerate(self.groups):
             x = in_turn(self, names, x, train=train)
             if index in _STAGE_ENDS:
                 x = shifted(x, next(ahead))
                 features.append(x)
-        x = shifted(relu(self.last(x, train=train)), next(ahead))
+        x = shifted(rectify(self.last(x, train=train)), next(ahead))
         pooled = global_mean(x)
         return Outputs(self.head(pooled), (*features, x), pooled)
 

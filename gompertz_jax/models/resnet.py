@@ -8,11 +8,11 @@ shape changes, the shortcut is a 1x1 convolution with normalisation.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
+from .convolution import relu
 from .layers import BatchNorm, Conv, Draws, Linear, global_mean, in_turn, max_pool_3x3, one_per_map, shifted
 
 STEMS = ("cifar", "imagenet")
@@ -48,8 +48,8 @@ class BasicBlock(nnx.Module):
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
         residual = self.shortcut(x, train=train) if hasattr(self, "shortcut") else x
-        x = jax.nn.relu(self.first(x, train=train))
-        return jax.nn.relu(self.second(x, train=train) + residual)
+        x = relu(self.first(x, train=train))
+        return relu(self.second(x, train=train) + residual)
 
 
 class Bottleneck(nnx.Module):
@@ -69,9 +69,9 @@ class Bottleneck(nnx.Module):
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
         residual = self.shortcut(x, train=train) if hasattr(self, "shortcut") else x
-        x = jax.nn.relu(self.reduce(x, train=train))
-        x = jax.nn.relu(self.middle(x, train=train))
-        return jax.nn.relu(self.expand(x, train=train) + residual)
+        x = relu(self.reduce(x, train=train))
+        x = relu(self.middle(x, train=train))
+        return relu(self.expand(x, train=train) + residual)
 
 
 def add_stages(
@@ -146,7 +146,7 @@ class ResNet(nnx.Module):
         offsets: Sequence[Float[Array, "..."] | None] | None = None,
     ) -> Outputs:
         stem_offset, *stage_offsets = one_per_map(offsets, 1 + len(self.stages))
-        x = jax.nn.relu(self.stem(x, train=train))
+        x = relu(self.stem(x, train=train))
         if self.pool_stem:
             x = max_pool_3x3(x)
         x = shifted(x, stem_offset)

@@ -6,12 +6,12 @@ https://arxiv.org/abs/1807.11164. The tables' forms: Tian et al., ICLR 2020, htt
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
+from .convolution import relu
 from .layers import (
     BatchNorm,
     DepthwiseConv,
@@ -52,12 +52,12 @@ class ShuffleUnit(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
-        hidden = jax.nn.relu(self.reduce_norm(self.reduce(x), train=train))
+        hidden = relu(self.reduce_norm(self.reduce(x), train=train))
         hidden = self.depthwise(channel_shuffle(hidden, self.groups))
-        hidden = jax.nn.relu(self.depthwise_norm(hidden, train=train))
+        hidden = relu(self.depthwise_norm(hidden, train=train))
         hidden = self.expand_norm(self.expand(hidden), train=train)
         joined = jnp.concatenate([hidden, mean_pool_3x3(x)], -1) if self.halves else hidden + x
-        return jax.nn.relu(joined)
+        return relu(joined)
 
 
 class SplitUnit(nnx.Module):
@@ -74,9 +74,9 @@ class SplitUnit(nnx.Module):
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch height width channels"]:
         kept, changed = jnp.split(x, 2, -1)
-        changed = jax.nn.relu(self.first(changed, train=train))
+        changed = relu(self.first(changed, train=train))
         changed = self.depthwise_norm(self.depthwise(changed), train=train)
-        changed = jax.nn.relu(self.second(changed, train=train))
+        changed = relu(self.second(changed, train=train))
         return channel_shuffle(jnp.concatenate([kept, changed], -1), 2)
 
 
@@ -97,10 +97,10 @@ class HalvingUnit(nnx.Module):
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
         left = self.left_depthwise_norm(self.left_depthwise(x), train=train)
-        left = jax.nn.relu(self.left(left, train=train))
-        right = jax.nn.relu(self.first(x, train=train))
+        left = relu(self.left(left, train=train))
+        right = relu(self.first(x, train=train))
         right = self.depthwise_norm(self.depthwise(right), train=train)
-        right = jax.nn.relu(self.second(right, train=train))
+        right = relu(self.second(right, train=train))
         return channel_shuffle(jnp.concatenate([left, right], -1), 2)
 
 
@@ -151,14 +151,14 @@ class ShuffleNet(nnx.Module):
     ) -> Outputs:
         has_last = hasattr(self, "last")
         ahead = iter(one_per_map(offsets, 1 + len(self.stages) + has_last))
-        x = shifted(jax.nn.relu(self.stem(x, train=train)), next(ahead))
+        x = shifted(relu(self.stem(x, train=train)), next(ahead))
         features = [x]
         for names in self.stages:
             x = in_turn(self, names, x, train=train)
             x = shifted(x, next(ahead))
             features.append(x)
         if has_last:
-            x = shifted(jax.nn.relu(self.last(x, train=train)), next(ahead))
+            x = shifted(relu(self.last(x, train=train)), next(ahead))
             features.append(x)
         pooled = global_mean(x)
         return Outputs(self.head(pooled), tuple(features), pooled)

@@ -7,11 +7,11 @@ https://arxiv.org/abs/1910.10699).
 
 from collections.abc import Sequence
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
+from .convolution import relu
 from .layers import Draws, Linear, global_mean, max_pool_2x2, one_per_map, shifted
 from .resnet import ConvNorm
 
@@ -63,7 +63,7 @@ class VGG(nnx.Module):
             if 0 < index < 4 or (index == 4 and shortest >= _LARGE):
                 x = max_pool_2x2(x)
             for name in names:
-                x = jax.nn.relu(getattr(self, name)(x, train=train))
+                x = relu(getattr(self, name)(x, train=train))
             x = shifted(x, offset)
             features.append(x)
         pooled = global_mean(x)

@@ -6,11 +6,11 @@ in RepDistiller (Tian et al., ICLR 2020, https://arxiv.org/abs/1910.10699).
 
 from collections.abc import Sequence
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..network import Outputs
+from .convolution import relu
 from .layers import BatchNorm, Conv, Draws, Linear, global_mean, in_turn, one_per_map, shifted
 from .resnet import add_stages
 
@@ -31,10 +31,10 @@ class PreactivationBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
-        activated = jax.nn.relu(self.first_norm(x, train=train))
+        activated = relu(self.first_norm(x, train=train))
         # Where the width changes, the shortcut too starts from what is activated.
         residual = self.shortcut(activated) if hasattr(self, "shortcut") else x
-        x = jax.nn.relu(self.second_norm(self.first(activated), train=train))
+        x = relu(self.second_norm(self.first(activated), train=train))
         return self.second(x) + residual
 
 
@@ -74,6 +74,6 @@ class WideResNet(nnx.Module):
             x = shifted(x, next(ahead))
             features.append(x)
             x = in_turn(self, names, x, train=train)
-        x = shifted(jax.nn.relu(self.last_norm(x, train=train)), next(ahead))
+        x = shifted(relu(self.last_norm(x, train=train)), next(ahead))
         pooled = global_mean(x)
         return Outputs(self.head(pooled), (*features, x), pooled)
