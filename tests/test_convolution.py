@@ -296,6 +296,34 @@ def test_no_branch_is_left_in_the_cpu_program(depthwise):
     assert "conditional" not in jax.jit(steps).lower(w, x).compile().as_text()
 
 
+@pytest.mark.parametrize("sizes", [{"channels": 3, "filters": 3}, DEPTHWISE, {"channels": 32, "filters": 32}])
+def test_gradients_of_gradients_of_a_scan_over_kernels(sizes):
+    """JAX misplaces the residuals of a rule there that are arguments as they are."""
+    function = depthwise_conv if sizes is DEPTHWISE else conv
+    generator = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        x, w = map(jnp.asarray, draw((4, 4), (3, 3), **sizes))
+        kernels = jnp.asarray(generator.normal(size=(3, *w.shape)) / np.sqrt(w[..., 0].size))
+
+        def layer(function, x, w):
+            return jnp.tanh(function(x, w, padding=((1, 1), (1, 1))))
+
+        def in_scan(kernels, x):
+            return jax.lax.scan(lambda x, w: (layer(function, x, w), None), x, kernels)[0]
+
+        def one_by_one(kernels, x):
+            for w in kernels:
+                x = layer(partial(stock, strides=(1, 1)), x, w)
+            return x
+
+        got, want = (
+            jax.jit(input_gradient_penalty(lambda x, w, network=network: network(w, x)))(kernels, x)
+            for network in (in_scan, one_by_one)
+        )
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
 def test_a_kernel_too_large_is_refused():
     x, w = jnp.zeros((1, 4, 4, 1)), jnp.zeros((7, 7, 1, 1))
     with pytest.raises(ValueError, match=r"kernel of \(7, 7\) does not fit"):

@@ -204,21 +204,23 @@ def _weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
 
 def _with_residuals(f):
     # Through f, not through its body: a gradient taken of this function must find f's own rule again.
-    return lambda geometry, a, b: (f(geometry, a, b), (a, b))
+    # The arguments are kept under another shape: JAX (0.10 to 0.12) looks arguments that are residuals as they are up
+    # by their position, in a list that a scan whose gradient is differentiated again has put a constant in front of.
+    return lambda geometry, a, b: (f(geometry, a, b), (a[None], b[None]))
 
 
 def _output_bwd(geometry, residuals, g):
-    x, w = residuals
+    x, w = (jnp.squeeze(kept, 0) for kept in residuals)
     return _input_gradient(geometry, g, w), _weight_gradient(geometry, x, g)
 
 
 def _input_gradient_bwd(geometry, residuals, x):
-    g, w = residuals
+    g, w = (jnp.squeeze(kept, 0) for kept in residuals)
     return _output(geometry, x, w), _weight_gradient(geometry, x, g)
 
 
 def _weight_gradient_bwd(geometry, residuals, w):
-    x, g = residuals
+    x, g = (jnp.squeeze(kept, 0) for kept in residuals)
     return _input_gradient(geometry, g, w), _output(geometry, x, w)
 
 
