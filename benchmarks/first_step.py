@@ -22,7 +22,9 @@ import sys, time
 began = time.perf_counter()
 import jax, optax
 import gompertz_jax as gj
+from gompertz_jax.training.compilation import keep_compiled
 
+keep_compiled(sys.argv.pop(1))
 teacher, student = (
     gj.models.create(name, num_classes=100, key=jax.random.key(seed)) for seed, name in enumerate(sys.argv[1:])
 )
@@ -39,8 +41,8 @@ print(time.perf_counter() - ready, time.perf_counter() - began)
 
 def start(pair, cache):
     """`(seconds of the first step, seconds of all)` of one process."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-    command = [sys.executable, "-c", START, *pair.split("-")]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", START, cache, *pair.split("-")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     first, whole = map(float, done.stdout.split())
     return {"first_step": first, "all": whole}

@@ -15,3 +15,6 @@ def keep_compiled(directory: str) -> None:
     """
     if directory and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+        # JAX leaves out what compiles in under a second: before its first step a run has some forty such programs,
+        # which take 2.5 s together.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

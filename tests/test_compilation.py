@@ -1,0 +1,43 @@
+"""What is kept of compiled programs, and that the user's own setting stands."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from gompertz_jax.training.compilation import keep_compiled
+
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture
+def as_installed():
+    """JAX's own settings, with no cache."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    compilation_cache.reset_cache()
+    for name, value in zip(SETTINGS, (None, 1.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    compilation_cache.reset_cache()
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_programs_are_kept_however_fast_they_compile(tmp_path):
+    keep_compiled(str(tmp_path / "cache"))
+    jax.jit(lambda x: x * 3.25)(1.0)
+    assert list((tmp_path / "cache").glob("jit__lambda*-cache"))
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_nothing_is_kept_unless_asked():
+    keep_compiled("")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_a_cache_of_the_users_own_stands(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    keep_compiled(str(tmp_path / "ours"))
+    jax.jit(lambda x: x * 3.75)(1.0)
+    assert not list(tmp_path.rglob("*-cache"))
