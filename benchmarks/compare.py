@@ -58,7 +58,7 @@ def main():
         "label": jnp.arange(options.batch) % options.classes,
     }
     state, teacher, batch = replicate((state, teacher, batch), mesh)
-    told = batch | {"teacher_logits": teacher.forward(batch["image"], train=False)[0].logits}
+    told = batch | {"teacher_logits": teacher.forward(batch["image"], train=False, frozen=True)[0].logits}
 
     def copy():
         return jax.tree.map(jnp.copy, state)
@@ -80,7 +80,7 @@ def main():
     @jax.jit
     def look(total):
         def once(total, _):
-            return total + teacher.forward(batch["image"] + total * 0, train=False)[0].logits.mean(), None
+            return total + teacher.forward(batch["image"] + total * 0, train=False, frozen=True)[0].logits.mean(), None
 
         return jax.lax.scan(once, total, length=options.steps)[0]
 

@@ -96,6 +96,13 @@ def make_network(task, role, arrays):
     return shapes.replace(**arrays, mean=task["mean"], std=task["std"])
 
 
+def without_loops(apply):
+    def plain(params, stats, images, *, train, key=None, offsets=None):
+        return apply(params, stats, images, train=train, key=key, offsets=offsets)
+
+    return plain
+
+
 def make_objective(task):
     """The row's terms at constant weights; the others are left out."""
     weights = task["weights"]
@@ -123,13 +130,18 @@ class Program:
     def __init__(self):
         self.stopwatch = Stopwatch()
 
-    def build(self, task, path, steps_per_dispatch):
-        """The step of a cell, not yet compiled; its state, teacher and batch are kept here."""
+    def build(self, task, path, steps_per_dispatch, *, loops=True):
+        """The step of a cell, not yet compiled; its state, teacher and batch are kept here.
+
+        Without `loops` the teacher has none over its blocks, of which XLA would count the operations of one turn.
+        """
         objective, optimizer = make_objective(task), make_optimizer(task)
         tree = read_weights(task, path)
         student = make_network(task, "student", tree["student"])
         distils = any(term.distils for term in objective.terms)
         self.teacher = make_network(task, "teacher", tree["teacher"]) if distils else None
+        if distils and not loops:
+            self.teacher = self.teacher.replace(apply=without_loops(self.teacher.apply))
         self.batch = {"image": tree["images"], "label": tree["labels"]}
         state = gj.init_state(student, optimizer, objective, IMAGE_SHAPE, teacher=self.teacher)
         if objective.projections:
@@ -150,7 +162,8 @@ class Program:
 
     def count(self, task, path, platform):
         """Operations of a step as it is handed to the compiler of a platform, which need not be here."""
-        program = self.build(task, path, 1).trace(self.state, self.teacher, self.batch)
+        other = Program()
+        program = other.build(task, path, 1, loops=False).trace(other.state, other.teacher, other.batch)
         return program.lower(lowering_platforms=(platform,)).cost_analysis()["flops"]
 
     def prepare(self, task, path, steps_per_dispatch):

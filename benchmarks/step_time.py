@@ -140,10 +140,11 @@ def measure(task, weights, options):
         cell["finished"] = {name: side.ask("finish") for name, side in sides.items()}
         if options.roofline:
             cell["roofline"] = sides["ours"].ask("measure_peaks", dtype=task["dtype"])
-            if ours["platform"] == "gpu":
-                # In a compiled program XLA counts no operation of a library's kernel, such as a convolution.
-                counter = stack.enter_context(our_side(task["dtype"], JAX_PLATFORMS="cpu"))
-                ours["flops"] = counter.ask("count", task=task, path=weights, platform="cuda")
+            # In a compiled program XLA counts no operation of a library's kernel, such as a GPU's convolution, and one
+            # turn of a loop.
+            counter = stack.enter_context(our_side(task["dtype"], JAX_PLATFORMS="cpu"))
+            platform = "cuda" if ours["platform"] == "gpu" else ours["platform"]
+            ours["flops"] = counter.ask("count", task=task, path=weights, platform=platform)
     return cell
 
 
@@ -248,7 +249,7 @@ def memory_text(prepared, finished):
 def roofline_text(cell):
     """How near the step is to what the machine can do, by the compiler's count and peaks that were measured here.
 
-    On a GPU the traffic is at least this: what a library's kernel reads is not counted.
+    The traffic is at least this: on a GPU what a library's kernel reads is not counted, and of a loop one turn is.
     """
     counted, peaks = cell["prepared"]["ours"], cell["roofline"]
     arithmetic, traffic = counted["flops"] / peaks["flops_per_second"], counted["bytes"] / peaks["bytes_per_second"]

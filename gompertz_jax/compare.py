@@ -380,9 +380,9 @@ def train_all(trial: Trials, workdir: Path, stop: Stop) -> Trained:
     say(max(described, key=len))
     schedules = {name: schedule_rows(objective, config, plan.steps) for name, objective in objectives.items()}
     say("\n".join(report.text_table(report.schedule_table(schedules))))
+    keep_compiled(config.compilation_cache)
     networks = [network_from(content["student"], dataset, seed=student_seed(seed)) for seed in trial.seeds]
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
-    keep_compiled(config.compilation_cache)
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     names = list(trial.arms)

@@ -65,6 +65,9 @@ class Network:
     so that all that follows sees the sum, and `features` holds it. The derivative by an offset, at zero, is then the
     gradient at that map. The networks of `gompertz_jax.models` take offsets; for any other loss no network needs to.
 
+    `apply` may also take `frozen=False`. True says that its arrays are constants of the program, as a teacher's are in
+    the step of its student: a network may then take the form that compiles and loads fastest, with the same outputs.
+
     Attributes:
       apply: the pure function above; `stats` comes back unchanged when `train` is False.
       params: what the optimiser changes.
@@ -118,29 +121,40 @@ class Network:
         train: bool,
         key: PRNGKeyArray | None = None,
         offsets: Sequence[Float[Array, "..."] | None] | None = None,
+        frozen: bool = False,
     ) -> tuple[Outputs, PyTree]:
         """Apply the network to common images in [0, 1], normalised by its own mean and std.
 
         Raises:
           TypeError: mean or std is no array of numbers, or `apply` returns something else than Outputs.
           ValueError: the images are integers, or have other channels than mean and std; `offsets` has not one entry per
-            map, or `apply` does not take it, or fails with these params, stats and images.
+            map, or `apply` does not take it, or fails with these params, stats and images; it is to train frozen.
         """
+        if train and frozen:
+            raise ValueError("frozen: in training mode a network's statistics change; give train=False with it")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
         images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
+        options: dict[str, Any] = {"train": train, "key": key}
+        # A hint is for those alone that name it: a wrapper of **keywords may hand on to a function that does not.
+        if frozen and "frozen" in self._parameters():
+            options["frozen"] = True
         if offsets is None:
-            return self._applied(images, train=train, key=key)
-        parameters = inspect.signature(self.apply).parameters.values()
-        if not any(p.name == "offsets" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            return self._applied(images, **options)
+        kinds = self._parameters()
+        if "offsets" not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
             raise ValueError(
                 "offsets: this network's apply does not take them, so it has no gradients at a stage; give it the "
                 "keyword offsets=None that gompertz_jax.Network describes, or take the gradient at the images"
             )
-        outputs, stats = self._applied(images, train=train, key=key, offsets=tuple(offsets))
+        outputs, stats = self._applied(images, **options, offsets=tuple(offsets))
         if len(offsets) != len(outputs.features):
             raise ValueError(f"offsets must have one entry per map, {len(outputs.features)}, got {len(offsets)}")
         return outputs, stats
+
+    def _parameters(self) -> dict[str, Any]:
+        """The kind of each parameter of `apply`."""
+        return {name: parameter.kind for name, parameter in inspect.signature(self.apply).parameters.items()}
 
     def _per_channel(self, name: str, images: Array) -> Array:
         numbers = getattr(self, name)

@@ -151,7 +151,7 @@ def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Arr
     taps = [pair[1] for pair in _tapped(terms)]
 
     def said(images: Array) -> Leading:
-        outputs, _, pull_back = _forward(teacher, images, taps, train=False)
+        outputs, _, pull_back = _forward(teacher, images, taps, train=False, frozen=True)
         return Leading(jax.lax.stop_gradient(outputs), _constant(pull_back))
 
     return Taught(labels, *said(batch["image"]), lambda count: said(batch["image"][:count]), term_key)
@@ -219,7 +219,13 @@ def _raw_terms(
 
 
 def _forward(
-    network: Network, images: Array, taps: Iterable[int], *, train: bool, key: Array | None = None
+    network: Network,
+    images: Array,
+    taps: Iterable[int],
+    *,
+    train: bool,
+    key: Array | None = None,
+    frozen: bool = False,
 ) -> tuple[Outputs, PyTree, Pullback]:
     """One forward pass, its new statistics, and the pull-back of its logits to the images and to the tapped stages."""
     offsets = None
@@ -230,7 +236,7 @@ def _forward(
         offsets = tuple(jnp.zeros(m.shape, m.dtype) if index in tapped else None for index, m in enumerate(maps))
 
     def logits(images: Array, offsets: Any) -> tuple[Array, tuple[Outputs, PyTree]]:
-        outputs, stats = network.forward(images, train=train, key=key, offsets=offsets)
+        outputs, stats = network.forward(images, train=train, key=key, offsets=offsets, frozen=frozen)
         return outputs.logits, (outputs, stats)
 
     # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
@@ -747,7 +753,7 @@ def make_eval_step(
 
         def one_batch(batch: tuple[Array, Array]) -> tuple[Array, Array]:
             spread = spread_batch({"image": batch[0], "label": batch[1]}, mesh)
-            logits = network.forward(as_unit_interval(spread["image"]), train=False)[0].logits
+            logits = network.forward(as_unit_interval(spread["image"]), train=False, frozen=True)[0].logits
             return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, spread["label"])
 
         classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))

@@ -25,6 +25,7 @@ def as_installed():
 @pytest.mark.usefixtures("as_installed")
 def test_programs_are_kept_however_fast_they_compile(tmp_path):
     keep_compiled(str(tmp_path / "cache"))
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
     jax.jit(lambda x: x * 3.25)(1.0)
     assert list((tmp_path / "cache").glob("jit__lambda*-cache"))
 
@@ -36,8 +37,10 @@ def test_nothing_is_kept_unless_asked():
 
 
 @pytest.mark.usefixtures("as_installed")
-def test_a_cache_of_the_users_own_stands(tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    keep_compiled(str(tmp_path / "ours"))
-    jax.jit(lambda x: x * 3.75)(1.0)
-    assert not list(tmp_path.rglob("*-cache"))
+@pytest.mark.parametrize("own", [{SETTINGS[0]: "own"}, {SETTINGS[1]: 5.0}])
+def test_the_users_own_settings_stand(own, tmp_path):
+    for name, value in own.items():
+        jax.config.update(name, value)
+    keep_compiled(str(tmp_path))
+    for name, value in own.items():
+        assert getattr(jax.config, name) == value

@@ -1,6 +1,8 @@
 """Networks by name: sizes, values against NumPy, normalisation, dtypes, identity, and what is refused."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,12 @@ from gompertz_jax.models.layers import (
     GroupedPointwise,
     Linear,
     channel_shuffle,
+    in_turn,
     max_pool_2x2,
     mean_pool_3x3,
 )
 from gompertz_jax.models.mobilenet import InvertedResidual
+from gompertz_jax.models.resnet import BasicBlock
 
 THIN = ["16@32", "16@32", "32@16", "64@8"]
 THIN_X4 = ["32@32", "64@32", "128@16", "256@8"]
@@ -577,6 +581,45 @@ def test_second_order_at_a_stage_inside_scan_agrees_with_finite_differences():
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
             # what follows the last nonlinearity adds nothing to a gradient: some biases get none
             assert np.isfinite(leaf).all() and (leaf[1].any() or path[-1].key == "bias"), path
+
+
+def loops(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("scan[")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("resnet32", 3), ("wrn_40_1", 3), ("mobilenetv2", 1), ("shufflenetv2", 3)])
+def test_frozen_on_cpu_rows_of_equal_blocks_are_loops_with_the_same_outputs_and_gradients(name, rows, monkeypatch):
+    network, images = small(name, classes=3)
+    network, zeros = jax.tree.map(jnp.asarray, scrambled(network)), zero_offsets(network, images)
+
+    def score(offsets, frozen):
+        outputs, _ = network.forward(images, train=False, offsets=offsets, frozen=frozen)
+        return outputs.logits[:, 1].sum(), outputs
+
+    plain, frozen = (jax.value_and_grad(partial(score, frozen=frozen), has_aux=True) for frozen in (False, True))
+    for want, got in zip(*(jax.tree.leaves(jax.jit(f)(zeros)) for f in (plain, frozen)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max()))
+    assert loops(lambda: network.forward(images, train=False)) == 0
+    assert loops(lambda: network.forward(images, train=False, frozen=True)) == rows
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops(lambda: network.forward(images, train=False, frozen=True)) == 0
+
+
+def test_only_equal_blocks_share_a_loop():
+    def block(**changes):
+        settings = {"channels": 4, "width": 4, "stride": 1, "draws": Draws()}
+        return BasicBlock(**{**settings, **changes})
+
+    def turns(*blocks):
+        module = SimpleNamespace(loops=True, **dict(zip("abc", blocks, strict=True)))
+        return loops(lambda: in_turn(module, "abc", jnp.ones((1, 8, 8, 4)), train=False))
+
+    halved = block()
+    halved.first.conv.kernel = nnx.Param(halved.first.conv.kernel[...].astype(jnp.bfloat16))
+    assert turns(block(), block(), block()) == 1
+    assert turns(block(), block(), block(stride=2)) == 0
+    assert turns(block(), block(), block(width=8)) == 0
+    assert turns(block(), block(), halved) == 0
 
 
 @pytest.mark.parametrize("name", [*STAGED, "wrn_16_1", "vgg8", "shufflenetv2"])

@@ -68,6 +68,26 @@ def test_offsets_are_handed_on_and_give_the_gradient_at_a_map():
     np.testing.assert_array_equal(alone, second)
 
 
+def test_what_is_frozen_is_said_to_networks_that_take_it():
+    told = []
+
+    def listening(params, stats, images, *, train, key=None, frozen=False):
+        told.append(frozen)
+        return apply(params, stats, images, train=train)
+
+    def handing_on(params, stats, images, *, train, **keywords):
+        return apply(params, stats, images, train=train, **keywords)
+
+    images = jnp.ones((1, 4, 4, 3))
+    for network in (NETWORK.replace(apply=listening), NETWORK.replace(apply=handing_on), NETWORK):
+        network.forward(images, train=False)
+        outputs, _ = network.forward(images, train=False, frozen=True)
+        np.testing.assert_array_equal(outputs.logits, NETWORK.forward(images, train=False)[0].logits)
+    assert told == [False, True]
+    with pytest.raises(ValueError, match="give train=False"):
+        NETWORK.forward(images, train=True, frozen=True)
+
+
 def test_a_network_without_offsets_is_called_as_before():
     calls = []
 

@@ -316,6 +316,44 @@ def stored(teacher, images, *names):
     return images | {f"teacher_{name}": getattr(outputs, name) for name in names}
 
 
+def test_the_teacher_is_frozen_and_the_student_is_not():
+    asked = []
+
+    def watched(role, network):
+        def apply(params, stats, images, *, train, key=None, frozen=False):
+            asked.append((role, train, frozen))
+            return network.apply(params, stats, images, train=train, key=key)
+
+        return network.replace(apply=apply)
+
+    objective = gj.gompertz_objective(10, wasserstein_weight=0.0)
+    student, teacher = watched("student", linear_network(1)), watched("teacher", linear_network(2))
+    state = gj.init_state(student, optax.sgd(0.1), objective, SHAPE, teacher=teacher)
+    asked.clear()
+    gj.make_train_step(student, optax.sgd(0.1), objective)(state, teacher, batch())
+    assert {(role, frozen) for role, _, frozen in asked} == {("student", False), ("teacher", True)}
+
+
+def test_a_teacher_of_loops_teaches_as_one_without():
+    """What it says of the images, and its gradient at them."""
+    student, teacher = (
+        gj.models.create(name, num_classes=CLASSES, key=jax.random.key(seed))
+        for seed, name in enumerate(("resnet8", "resnet32"))
+    )
+
+    def apply(params, stats, images, *, train, key=None, offsets=None):
+        return teacher.apply(params, stats, images, train=train, key=key, offsets=offsets)
+
+    objective, optimizer = gj.gompertz_objective(10, curve=lambda step: 1.0, wasserstein_weight=0.0), optax.sgd(0.1)
+    b = batch() | {"image": jax.random.uniform(jax.random.key(2), (6, 8, 8, 3))}
+    results = []
+    for network in (teacher, teacher.replace(apply=apply)):
+        state = gj.init_state(student, optimizer, objective, (8, 8, 3), teacher=network)
+        results.append(gj.make_train_step(student, optimizer, objective)(state, network, b))
+    for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_a_batch_with_the_teachers_outputs_trains_as_with_the_teacher():
     """To the bit, with pooled vectors and progress among what is read, and no teacher at hand."""
     kd = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0).terms

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._numerics import LARGEST_COUNT, checked, finite_number, positive_count, shown
 from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
-from .layers import Draws
+from .layers import Draws, loops_pay
 from .mobilenet import MobileNetV2
 from .resnet import BasicBlock, Bottleneck, ResNet
 from .shufflenet import ShuffleNet
@@ -304,11 +304,13 @@ def _functional(
         train: bool,
         key: Array | None = None,
         offsets: Sequence[Float[Array, "..."] | None] | None = None,
+        frozen: bool = False,
     ) -> tuple[Outputs, PyTree]:
         """The forward pass; `key` is unused, as none of these networks draws random numbers."""
         del key
         raised = jnp.promote_types(dtype, images.dtype) if dtype == jnp.float32 else dtype
-        module = nnx.merge(graphdef, params, stats)
+        module: Any = nnx.merge(graphdef, params, stats)
+        module.loops = frozen and not train and loops_pay()
         outputs = module(images.astype(raised), train=train, offsets=offsets)
         return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)) if train else stats
 

@@ -1,7 +1,9 @@
 """The layers of the networks here: parameters in float32, arithmetic in the dtype of the images they receive."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from . import convolution
+
+_FEWEST_IN_LOOP = 3
 
 
 class Draws:
@@ -153,12 +157,49 @@ class Linear(nnx.Module):
 
 
 def in_turn(
-    module: nnx.Module, names: Sequence[str], x: Float[Array, "batch height width channels"], *, train: bool
+    module: Any, names: Sequence[str], x: Float[Array, "batch height width channels"], *, train: bool
 ) -> Float[Array, "batch _ _ filters"]:
-    """What a module's blocks of these names make of a map, one after the other."""
-    for name in names:
-        x = getattr(module, name)(x, train=train)
+    """What a module's blocks of these names make of a map, one after the other.
+
+    Where `module.loops` is true, three and more equal blocks in a row are one turn of a loop each: the program then
+    holds one of them instead of all.
+    """
+    blocks = [getattr(module, name) for name in names]
+    for _, row in itertools.groupby(blocks, _form if getattr(module, "loops", False) else id):
+        equal = list(row)
+        if len(equal) < _FEWEST_IN_LOOP:
+            for block in equal:
+                x = block(x, train=train)
+        else:
+            x = _in_loop(equal, x)
     return x
+
+
+def loops_pay() -> bool:
+    """Whether a program is better off with a loop over equal blocks than with all of them.
+
+    On CPU the time to load a program from the compilation cache grows with the square of its size: for the full step
+    of resnet56 -> resnet20, 4 to 6 s without loops in the teacher and 2 with them (JAX 0.12), while the step is as
+    fast. Not so for blocks that are trained: with their residuals stacked, resnet56 takes 1.46 of the time. Elsewhere
+    it has not been measured, and blocks that follow one another leave the compiler the most freedom.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def _form(block: nnx.Module) -> Any:
+    """What blocks have in common that differ in nothing but the values of their arrays."""
+    graph, state = nnx.split(block)
+    return graph, jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+
+def _in_loop(blocks: Sequence[Any], x: Array) -> Array:
+    (graph, _), *_ = parts = [nnx.split(block) for block in blocks]
+    arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.to_pure_dict(state) for _, state in parts))
+
+    def turn(x: Array, arrays: Any) -> tuple[Array, None]:
+        return nnx.merge(graph, arrays)(x, train=False), None
+
+    return jax.lax.scan(turn, x, arrays)[0]
 
 
 def one_per_map(offsets: Sequence[Array | None] | None, maps: int) -> Sequence[Array | None]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import jax
 
+_BY_DEFAULT = 1.0  # JAX's own fewest seconds that a program which is kept takes to compile
+
 
 def keep_compiled(directory: str) -> None:
     """Let JAX keep compiled programs in `directory` and take them from there; a setting of the user's own stands.
@@ -16,5 +18,6 @@ def keep_compiled(directory: str) -> None:
     if directory and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
         # JAX leaves out what compiles in under a second: before its first step a run has some forty such programs,
-        # which take 2.5 s together.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        # which take 2.6 s together.
+        if jax.config.jax_persistent_cache_min_compile_time_secs == _BY_DEFAULT:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

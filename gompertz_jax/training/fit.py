@@ -435,7 +435,7 @@ def teacher_outputs(
     teacher: Network, data: Images, count: int, mesh: Mesh, *, batch_size: int = 200
 ) -> Iterator[tuple[Outputs, Any]]:
     """The teacher's outputs on the first `count` training images, and their labels, in batches."""
-    outputs = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False)[0])
+    outputs = jax.jit(lambda teacher, images: teacher.forward(as_unit_interval(images), train=False, frozen=True)[0])
     for start in range(0, min(count, len(data.labels)), batch_size):
         chosen = slice(start, min(start + batch_size, count))
         yield outputs(teacher, replicate(data.images[chosen], mesh)), data.labels[chosen]

@@ -108,6 +108,7 @@ def _run(
             room=device_room(config.data, mesh.local_devices[0].memory_stats()),
         )
     )
+    keep_compiled(config.compilation_cache)
     student = network_from(content["student"], dataset, seed=student_seed(config.seed))
     if config.init_from:
         student = begun_from(Path(config.init_from).expanduser(), student)
@@ -116,7 +117,6 @@ def _run(
     if changes:
         say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
 
-    keep_compiled(config.compilation_cache)
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     fitted = fit(

@@ -120,7 +120,7 @@ def asked(
     @partial(jax.jit, out_shardings=copied(mesh))
     def outputs_of(teacher: Network, images: jax.Array, index: jax.Array, view: jax.Array) -> dict[str, jax.Array]:
         seen = augmented_view(images, index, view, seed=seed, padding=augment.padding, flip=augment.flip)
-        outputs = teacher.forward(spread_batch({"image": seen}, mesh)["image"], train=False)[0]
+        outputs = teacher.forward(spread_batch({"image": seen}, mesh)["image"], train=False, frozen=True)[0]
         return {name: getattr(outputs, name).astype(jnp.float32) for name in template}
 
     def of_view(view: int) -> dict[str, np.ndarray]:
