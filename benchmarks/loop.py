@@ -20,6 +20,7 @@ import numpy as np
 from _common import commit, hardware, save_record, versions
 
 import gompertz_jax as gj
+from gompertz_jax.training.compilation import keep_compiled
 from gompertz_jax.training.config import get_default
 from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.feed import Feed, Images
@@ -129,6 +130,7 @@ def main():
     print(f"{'bare':>10}{'loop':>10}{'bare':>10}   images/s{'loop / bare':>14}")
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
+        keep_compiled(f"{folder}/compiled")  # no quarter of a minute of compiling between what is compared
         for number in range(options.rounds):
             before = measure_bare(dispatches)
             fitted = fit(
