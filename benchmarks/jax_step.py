@@ -96,11 +96,13 @@ def make_network(task, role, arrays):
     return shapes.replace(**arrays, mean=task["mean"], std=task["std"])
 
 
-def without_loops(apply):
-    def plain(params, stats, images, *, train, key=None, offsets=None):
-        return apply(params, stats, images, train=train, key=key, offsets=offsets)
+def without_loops(network):
+    """A network that is not told that it is frozen: of a loop over its blocks XLA would count one turn."""
 
-    return plain
+    def apply(params, stats, images, *, train, key=None, offsets=None):
+        return network.apply(params, stats, images, train=train, key=key, offsets=offsets)
+
+    return network.replace(apply=apply)
 
 
 def make_objective(task):
@@ -130,18 +132,13 @@ class Program:
     def __init__(self):
         self.stopwatch = Stopwatch()
 
-    def build(self, task, path, steps_per_dispatch, *, loops=True):
-        """The step of a cell, not yet compiled; its state, teacher and batch are kept here.
-
-        Without `loops` the teacher has none over its blocks, of which XLA would count the operations of one turn.
-        """
+    def build(self, task, path, steps_per_dispatch):
+        """The step of a cell, not yet compiled; its state, teacher and batch are kept here."""
         objective, optimizer = make_objective(task), make_optimizer(task)
         tree = read_weights(task, path)
         student = make_network(task, "student", tree["student"])
         distils = any(term.distils for term in objective.terms)
         self.teacher = make_network(task, "teacher", tree["teacher"]) if distils else None
-        if distils and not loops:
-            self.teacher = self.teacher.replace(apply=without_loops(self.teacher.apply))
         self.batch = {"image": tree["images"], "label": tree["labels"]}
         state = gj.init_state(student, optimizer, objective, IMAGE_SHAPE, teacher=self.teacher)
         if objective.projections:
@@ -163,7 +160,9 @@ class Program:
     def count(self, task, path, platform):
         """Operations of a step as it is handed to the compiler of a platform, which need not be here."""
         other = Program()
-        program = other.build(task, path, 1, loops=False).trace(other.state, other.teacher, other.batch)
+        train_step = other.build(task, path, 1)
+        teacher = None if other.teacher is None else without_loops(other.teacher)
+        program = train_step.trace(other.state, teacher, other.batch)
         return program.lower(lowering_platforms=(platform,)).cost_analysis()["flops"]
 
     def prepare(self, task, path, steps_per_dispatch):

@@ -202,31 +202,33 @@ def _weight_gradient(geometry: _Geometry, x: Array, g: Array) -> Array:
     return lax.platform_dependent(x, g, cpu=partial(cpu, geometry), default=partial(_stock_weight_gradient, geometry))
 
 
-def _with_residuals(f):
+def _define_rule(f, backward):
+    """`backward(geometry, a, b, cotangent)` of `f(geometry, a, b)`."""
+
     # Through f, not through its body: a gradient taken of this function must find f's own rule again.
     # The arguments are kept under another shape: JAX (0.10 to 0.12) looks arguments that are residuals as they are up
     # by their position, in a list that a scan whose gradient is differentiated again has put a constant in front of.
-    return lambda geometry, a, b: (f(geometry, a, b), (a[None], b[None]))
+    def forward(geometry, a, b):
+        return f(geometry, a, b), (a[None], b[None])
+
+    f.defvjp(forward, lambda geometry, kept, g: backward(geometry, *(jnp.squeeze(array, 0) for array in kept), g))
 
 
-def _output_bwd(geometry, residuals, g):
-    x, w = (jnp.squeeze(kept, 0) for kept in residuals)
+def _output_bwd(geometry, x, w, g):
     return _input_gradient(geometry, g, w), _weight_gradient(geometry, x, g)
 
 
-def _input_gradient_bwd(geometry, residuals, x):
-    g, w = (jnp.squeeze(kept, 0) for kept in residuals)
+def _input_gradient_bwd(geometry, g, w, x):
     return _output(geometry, x, w), _weight_gradient(geometry, x, g)
 
 
-def _weight_gradient_bwd(geometry, residuals, w):
-    x, g = (jnp.squeeze(kept, 0) for kept in residuals)
+def _weight_gradient_bwd(geometry, x, g, w):
     return _input_gradient(geometry, g, w), _output(geometry, x, w)
 
 
-_output.defvjp(_with_residuals(_output), _output_bwd)
-_input_gradient.defvjp(_with_residuals(_input_gradient), _input_gradient_bwd)
-_weight_gradient.defvjp(_with_residuals(_weight_gradient), _weight_gradient_bwd)
+_define_rule(_output, _output_bwd)
+_define_rule(_input_gradient, _input_gradient_bwd)
+_define_rule(_weight_gradient, _weight_gradient_bwd)
 
 
 # XLA on CPU computes a cheap producer again in each of its readers. A rectifier has many: the convolution, both

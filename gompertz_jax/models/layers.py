@@ -188,18 +188,20 @@ def loops_pay() -> bool:
 
 def _form(block: nnx.Module) -> Any:
     """What blocks have in common that differ in nothing but the values of their arrays."""
-    graph, state = nnx.split(block)
-    return graph, jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+    return nnx.graphdef(block), jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), _arrays(block))
+
+
+def _arrays(block: nnx.Module) -> Any:
+    return nnx.to_pure_dict(nnx.state(block))
 
 
 def _in_loop(blocks: Sequence[Any], x: Array) -> Array:
-    (graph, _), *_ = parts = [nnx.split(block) for block in blocks]
-    arrays = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.to_pure_dict(state) for _, state in parts))
+    graph = nnx.graphdef(blocks[0])
 
     def turn(x: Array, arrays: Any) -> tuple[Array, None]:
         return nnx.merge(graph, arrays)(x, train=False), None
 
-    return jax.lax.scan(turn, x, arrays)[0]
+    return jax.lax.scan(turn, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(_arrays, blocks)))[0]
 
 
 def one_per_map(offsets: Sequence[Array | None] | None, maps: int) -> Sequence[Array | None]:
