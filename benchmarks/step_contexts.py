@@ -8,8 +8,9 @@ A step is: the teacher's forward pass in evaluation mode (with --teacher), the s
 training mode (cross-entropy, with a teacher also soft targets at temperature 4), and a plain gradient step. With
 --second_order the loss also holds one minus the cosine between both networks' input gradients.
 
-The two programs of a context are timed alternately, so that a drift of the machine falls on both; a cell is the median
-milliseconds per step with the fastest and slowest repetition, and the ratio is that of the medians.
+All programs are timed in turn, so that a drift of the machine falls on all of them, and those that are compared stand
+next to each other. A cell is the median milliseconds per step with the fastest and slowest repetition; "of bare" is the
+time over that of a bare step with the same rules in the same repetition, as median and range.
 """
 
 import argparse
@@ -118,18 +119,25 @@ def compile_step(context, stock, options):
         return jax.jit(step).lower(*arguments).compile(), arguments
 
 
-def measure(context, options):
-    """Seconds per step of every repetition: `{"ours": [...], "stock": [...]}`."""
-    programs = {"ours": compile_step(context, False, options), "stock": compile_step(context, True, options)}
+def measure(options):
+    """Seconds per step of every repetition: `{"ours": {"bare": [...], ...}, "stock": {...}}`."""
+    cells = [(rules, context) for rules in ("ours", "stock") for context in CONTEXTS]
+    programs = {cell: compile_step(cell[1], cell[0] == "stock", options) for cell in cells}
     for program, arguments in programs.values():
         jax.block_until_ready(program(*arguments))
-    seconds = {name: [] for name in programs}
+    seconds = {rules: {context: [] for context in CONTEXTS} for rules in ("ours", "stock")}
     for _ in range(options.repetitions):
-        for name, (program, arguments) in programs.items():
+        for (rules, context), (program, arguments) in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(program(*arguments))
-            seconds[name].append((time.perf_counter() - start) / CONTEXTS[context][1])
+            seconds[rules][context].append((time.perf_counter() - start) / CONTEXTS[context][1])
     return seconds
+
+
+def spread(values, digits=2):
+    """`median (lowest to highest)` as text."""
+    median, low, high = (f"{value:.{digits}f}" for value in (np.median(values), np.min(values), np.max(values)))
+    return f"{median} ({low} to {high})"
 
 
 def main():
@@ -140,7 +148,6 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--second_order", action="store_true", help="match input gradients too; needs --teacher")
-    parser.add_argument("--contexts", nargs="+", choices=tuple(CONTEXTS), default=tuple(CONTEXTS))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.second_order and not options.teacher:
@@ -151,17 +158,15 @@ def main():
     order = ", input gradients matched" if options.second_order else ""
     print(f"{networks}{order}, batch {options.batch}, 32x32x3, float32, {options.repetitions} repetitions")
     print(f"{hardware()}; {', '.join(f'{name} {version}' for name, version in stack.items())}; commit {commit()}\n")
-    print(f"{'ms per step':<12}{'ours':>30}{'stock':>30}{'stock / ours':>14}")
-    rows = {}
-    for context in options.contexts:
-        seconds = measure(context, options)
-        cells = {name: 1e3 * np.array(values) for name, values in seconds.items()}
-        medians = {name: float(np.median(values)) for name, values in cells.items()}
-        ratio = medians["stock"] / medians["ours"]
-        text = {n: f"{medians[n]:.1f} ({v.min():.1f} to {v.max():.1f})" for n, v in cells.items()}
-        print(f"{context:<12}{text['ours']:>30}{text['stock']:>30}{ratio:>14.2f}", flush=True)
-        rows[context] = {"seconds": seconds, "ratio_of_medians": ratio}
-    save_record(options, hardware(), stack, contexts=rows)
+    print(f"{'ms per step':<12}" + "".join(f"{rules:>24}{'of bare':>26}" for rules in ("ours", "stock")))
+    seconds = measure(options)
+    for context in CONTEXTS:
+        cells = ""
+        for rules in ("ours", "stock"):
+            row, bare = (np.array(seconds[rules][name]) for name in (context, "bare"))
+            cells += f"{spread(1e3 * row, 0):>24}{spread(row / bare):>26}"
+        print(f"{context:<12}{cells}")
+    save_record(options, hardware(), stack, seconds=seconds)
 
 
 if __name__ == "__main__":
