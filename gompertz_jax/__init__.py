@@ -1,12 +1,16 @@
 """Knowledge distillation in JAX whose weight follows a Gompertz curve over training.
 
-Importing this package loads JAX and Optax only. The Wasserstein room (OTT-JAX) and the networks (Flax) are loaded on
+Importing this package loads JAX and Optax only. Entropic transport (OTT-JAX) and the networks (Flax) are loaded on
 first use: `gompertz_jax.sinkhorn_distance` and `gompertz_jax.models` are looked up by `__getattr__` (PEP 562).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .losses.closed_forms import gaussian_wasserstein as gaussian_wasserstein
+from .losses.closed_forms import sliced_wasserstein as sliced_wasserstein
+from .losses.closed_forms import wasserstein_gaussians as wasserstein_gaussians
+from .losses.costs import class_distances as class_distances
 from .losses.features import attention_map as attention_map
 from .losses.features import attention_transfer as attention_transfer
 from .losses.features import hierarchical_context as hierarchical_context
@@ -32,6 +36,7 @@ from .losses.logits import interclass_correlation as interclass_correlation
 from .losses.logits import multi_temperature_kl as multi_temperature_kl
 from .losses.logits import soft_target_kl as soft_target_kl
 from .losses.logits import standardize_logits as standardize_logits
+from .losses.logits import target_cross_entropy as target_cross_entropy
 from .losses.relations import batch_correlation as batch_correlation
 from .losses.relations import class_correlation as class_correlation
 from .losses.relations import contrastive_representation as contrastive_representation
@@ -73,13 +78,8 @@ from .step import make_train_step as make_train_step
 if TYPE_CHECKING:
     from . import models as models
     from .losses.wasserstein import SinkhornDiagnostics as SinkhornDiagnostics
-    from .losses.wasserstein import class_distances as class_distances
     from .losses.wasserstein import class_sinkhorn_distance as class_sinkhorn_distance
-    from .losses.wasserstein import gaussian_wasserstein as gaussian_wasserstein
     from .losses.wasserstein import sinkhorn_distance as sinkhorn_distance
-    from .losses.wasserstein import sliced_wasserstein as sliced_wasserstein
-    from .losses.wasserstein import target_cross_entropy as target_cross_entropy
-    from .losses.wasserstein import wasserstein_gaussians as wasserstein_gaussians
     from .losses.wasserstein import wasserstein_logits as wasserstein_logits
 
 __version__ = "0.1.0"
@@ -88,13 +88,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "models": (".models", None),
     "SinkhornDiagnostics": (".losses.wasserstein", "SinkhornDiagnostics"),
-    "class_distances": (".losses.wasserstein", "class_distances"),
     "class_sinkhorn_distance": (".losses.wasserstein", "class_sinkhorn_distance"),
-    "gaussian_wasserstein": (".losses.wasserstein", "gaussian_wasserstein"),
     "sinkhorn_distance": (".losses.wasserstein", "sinkhorn_distance"),
-    "sliced_wasserstein": (".losses.wasserstein", "sliced_wasserstein"),
-    "target_cross_entropy": (".losses.wasserstein", "target_cross_entropy"),
-    "wasserstein_gaussians": (".losses.wasserstein", "wasserstein_gaussians"),
     "wasserstein_logits": (".losses.wasserstein", "wasserstein_logits"),
 }
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from ._numerics import checked, shown
+from ._checks import checked, shown
 
 PyTree = Any
 

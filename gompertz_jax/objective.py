@@ -17,15 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from . import terms
-from ._numerics import (
-    check_real,
-    checked,
-    finite_number,
-    fraction_from_zero,
-    positive_count,
-    positive_number,
-    shown,
-)
+from ._checks import check_real, checked, finite_number, fraction_from_zero, positive_count, positive_number, shown
 from .projections import AnyProjection, Projection
 from .record import Record, Taught
 from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._numerics import positive_count, unit_vectors
+from ._checks import positive_count
+from ._numerics import unit_vectors
+from .losses.costs import class_distances
 from .losses.features import resample, to_one_size
 from .network import Outputs, PyTree
 
@@ -398,8 +400,6 @@ class ClassDistances(NamedTuple):
 
     def measured(self, totals: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """The costs; a class without images is unrelated to every other."""
-        from .losses.wasserstein import class_distances
-
         total, count = totals["total"], totals["count"][:, None]
         means = np.where(count > 0, total / np.maximum(count, 1.0) - total.sum(0) / count.sum(), 0.0)
         return {"class_cost": class_distances(jnp.asarray(means, jnp.float32), sharpness=self.sharpness)}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Int
 
-from ._numerics import check_fields
+from ._checks import check_fields
 from .network import Outputs, check_outputs
 
 Pullback: TypeAlias = Callable[..., Any]

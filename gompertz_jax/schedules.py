@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._numerics import (
+from ._checks import (
     Scalar,
     check_real,
     checked,
-    compute_dtype,
     finite_number,
     fraction,
     is_traced,
@@ -29,6 +28,7 @@ from ._numerics import (
     positive_number,
     shown,
 )
+from ._numerics import compute_dtype
 
 Schedule: TypeAlias = Callable[[Any], Any]
 """step -> coefficient. Any function that JAX can trace with a scalar step will do, for instance one of Optax's."""

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from ._numerics import check_leaves, checked, compiled, finite_number, fraction_from_zero, positive_count, shown
+from ._checks import check_leaves, checked, compiled, finite_number, fraction_from_zero, positive_count, shown
 from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree

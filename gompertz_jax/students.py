@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from ._numerics import checked, positive_count
+from ._checks import checked, positive_count
 from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, each_device, spread_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from .losses import features, gradients, logits, relations
+from .losses import closed_forms, features, gradients, logits, relations
 from .network import Outputs
 from .projections import stage_pairs
 from .record import Record, Taught
@@ -222,19 +222,15 @@ def wasserstein(
 
 def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batch"]:
     """Squared 2-Wasserstein between diagonal Gaussians fitted to both maps, divided by the width."""
-    from .losses.wasserstein import gaussian_distance
-
-    return gaussian_distance(*_clouds(record, projection))
+    return closed_forms.gaussian_distance(*_clouds(record, projection))
 
 
 def wasserstein_features(
     record: Record, *, projection: str = "width", mean_weight: float = 4.0, grid: int = 1
 ) -> Float[Array, " batch"]:
     """`wasserstein_gaussians` (WKD-F) between the student's map in the teacher's width and the teacher's."""
-    from .losses.wasserstein import wasserstein_gaussians
-
     ours, theirs = record.student_views[projection], record.teacher_views[projection]
-    return wasserstein_gaussians(ours, theirs, mean_weight=mean_weight, grid=grid)
+    return closed_forms.wasserstein_gaussians(ours, theirs, mean_weight=mean_weight, grid=grid)
 
 
 def wasserstein_logits(
@@ -259,9 +255,7 @@ def wasserstein_logits(
 
 def target_cross_entropy(record: Record) -> Float[Array, " batch"]:
     """`target_cross_entropy`, the label's part of WKD-L."""
-    from .losses.wasserstein import target_cross_entropy
-
-    return target_cross_entropy(record.student.logits, record.taught().logits, record.labels)
+    return logits.target_cross_entropy(record.student.logits, record.taught().logits, record.labels)
 
 
 def _told(health: Any, dtype: Any) -> Health:

@@ -16,21 +16,22 @@ NUMERICAL = {"jax", "jaxtyping", "numpy", "optax", "ott"}
 # layer -> (other packages it may import, layers of this package that it may import); None: any. A layer is a module or
 # a folder right below the package.
 RULES = {
+    "_checks": (NUMERICAL, set()),
     "_numerics": (NUMERICAL, set()),
-    "schedules": (NUMERICAL, {"_numerics"}),
+    "schedules": (NUMERICAL, {"_checks", "_numerics"}),
     "intact": (set(), set()),
-    "losses": (NUMERICAL, {"_numerics", "losses"}),
-    "network": (NUMERICAL, {"_numerics"}),
-    "record": (NUMERICAL, {"_numerics", "network"}),
-    "projections": (NUMERICAL, {"_numerics", "losses", "network"}),
+    "losses": (NUMERICAL, {"_checks", "_numerics", "losses"}),
+    "network": (NUMERICAL, {"_checks"}),
+    "record": (NUMERICAL, {"_checks", "network"}),
+    "projections": (NUMERICAL, {"_checks", "_numerics", "losses", "network"}),
     "terms": (NUMERICAL, {"losses", "network", "projections", "record"}),
-    "objective": (NUMERICAL, {"_numerics", "schedules", "projections", "record", "terms"}),
+    "objective": (NUMERICAL, {"_checks", "schedules", "projections", "record", "terms"}),
     "data_parallel": (NUMERICAL, set()),
     "step": (
         NUMERICAL,
-        {"_numerics", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules"},
+        {"_checks", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules"},
     ),
-    "models": (None, {"_numerics", "intact", "network", "models"}),
+    "models": (None, {"_checks", "intact", "network", "models"}),
 }
 
 
@@ -43,12 +44,17 @@ def test_importing_the_package_loads_neither_networks_nor_data_nor_transport():
     assert loaded == []
 
 
+def test_transport_in_closed_form_loads_no_solver():
+    code = (
+        "import sys, jax.numpy as jnp, gompertz_jax as gj; gj.gaussian_wasserstein(jnp.ones((2, 3)), jnp.ones((2, 3)))"
+    )
+    assert run(f"{code}; print(*(name for name in {HEAVY} if name in sys.modules))") == []
+
+
 def test_what_is_loaded_on_first_use_is_listed_and_found():
     names = run("import gompertz_jax as gj; print(*dir(gj))")
     assert {
-        "models", "SinkhornDiagnostics", "class_distances", "class_sinkhorn_distance", "gaussian_wasserstein",
-        "sinkhorn_distance", "sliced_wasserstein", "target_cross_entropy", "wasserstein_gaussians",
-        "wasserstein_logits",
+        "models", "SinkhornDiagnostics", "class_sinkhorn_distance", "sinkhorn_distance", "wasserstein_logits",
     } <= {*names}  # fmt: skip
     loaded = run(
         "import sys, gompertz_jax as gj; gj.sinkhorn_distance; "

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from helpers import central_difference
 
 import gompertz_jax as gj
 
@@ -356,6 +357,25 @@ def test_variants_agree_outside_of_jit_and_with_more_axes(name):
     np.testing.assert_allclose(eager, VARIANTS[name](student, teacher)[1][None], rtol=1e-5, atol=1e-6)
 
 
+def test_target_cross_entropy_is_the_formula():
+    student, teacher = logits(2, (4, 5)), logits(3, (4, 5))
+    labels = np.array([0, 4, 2, 2])
+
+    def reference(student):
+        q, p = scipy.special.softmax(student, -1), scipy.special.softmax(teacher, -1)
+        return -np.array([p[i, label] * np.log(q[i, label]) for i, label in enumerate(labels)])
+
+    with jax.enable_x64(True):
+        loss = lambda s, t: gj.target_cross_entropy(s, t, jnp.asarray(labels)).sum()  # noqa: E731
+        value, (gradient, to_teacher) = jax.jit(jax.value_and_grad(loss, (0, 1)))(
+            jnp.asarray(student), jnp.asarray(teacher)
+        )
+    np.testing.assert_allclose(value, reference(student).sum(), rtol=1e-12)
+    difference = central_difference(lambda s: reference(s).sum(), student, h=1e-5)
+    np.testing.assert_allclose(gradient, difference, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(to_teacher, 0.0)
+
+
 Z = jnp.zeros((2, 3))
 INFINITE = jnp.asarray(np.inf)
 ILLEGAL = [
@@ -385,6 +405,7 @@ ILLEGAL = [
         r"label_smoothing must be in \[0, 1\), got 1.0",
     ),
     (lambda: gj.cross_entropy(Z, jnp.zeros(2, int), label_smoothing=-0.1), r"label_smoothing must be .*, got -0.1"),
+    (lambda: gj.target_cross_entropy(Z, Z, jnp.zeros(3, int)), r"labels must have .*got \(3,\)"),
 ]
 
 

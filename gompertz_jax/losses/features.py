@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._numerics import Scalar, checked, finite_number, largest_magnitude, matmul, positive_count, raised, unit_vectors
+from .._checks import Scalar, checked, finite_number, positive_count
+from .._numerics import largest_magnitude, matmul, raised, unit_vectors
 
 
 @checked

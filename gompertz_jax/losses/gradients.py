@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .._numerics import checked, compute_dtype, cosine_distance, positive_count, raised, shown
+from .._checks import checked, positive_count, shown
+from .._numerics import compute_dtype, cosine_distance, raised
+from .logits import check_labels
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
 LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch classes"]]
@@ -269,10 +271,7 @@ def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."
     References:
       Simonyan, Vedaldi and Zisserman, Deep Inside Convolutional Networks, 2014, https://arxiv.org/abs/1312.6034.
     """
-    if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have the shape of logits without its last axis, got {labels.shape} and {logits.shape}"
-        )
+    check_labels(labels, logits)
     classes = logits.shape[-1]
     one_hot = jax.nn.one_hot(labels, classes, dtype=compute_dtype(logits))
     # Zeros would make a gradient of zero, which the cosine takes for one without a direction.

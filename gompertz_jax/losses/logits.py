@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._numerics import Scalar, checked, cosine_distance, finite_number, fraction_from_zero, positive_number, raised
+from .._checks import Scalar, checked, finite_number, fraction_from_zero, positive_number
+from .._numerics import cosine_distance, raised
 
 
 @checked
@@ -151,7 +152,7 @@ def decoupled_kl(
       and the logarithm of the first part in probability space.
     """
     student, teacher, temperature = softened(student_logits, teacher_logits, temperature)
-    _check_labels(labels, student)
+    check_labels(labels, student)
     if student.shape[-1] < 2:
         raise ValueError(f"student_logits must have at least two classes, got shape {student.shape}")
     alpha, beta = (
@@ -304,7 +305,7 @@ def cross_entropy(
       Label smoothing: Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016,
       https://arxiv.org/abs/1512.00567.
     """
-    _check_labels(labels, logits)
+    check_labels(labels, logits)
     smoothing = fraction_from_zero("label_smoothing", label_smoothing)
     (logits,) = raised(logits)
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -313,6 +314,48 @@ def cross_entropy(
     spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
     smoothing = jnp.asarray(smoothing, logits.dtype)
     return (1.0 - smoothing) * hard + smoothing * spread
+
+
+@checked
+def target_cross_entropy(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "..."],
+    labels: Int[Array, "..."],
+) -> Float[Array, "*batch"]:
+    r"""The target class's part of WKD-L: the student's log-probability of it, weighted by the teacher's probability.
+
+    .. math:: - p_\ell \ln q_\ell, \qquad
+       p = \mathrm{softmax}(\text{teacher}), \quad q = \mathrm{softmax}(\text{student})
+
+    Published weight 1, at temperature 1, next to the cross-entropy and `wasserstein_logits` with `labels`. The teacher
+    receives no gradient. In nats, computed in at least float32.
+
+    Args:
+      student_logits: unnormalised log-probabilities, `[..., K]`.
+      teacher_logits: the same of the teacher, `[..., K]`.
+      labels: target classes, integers from 0 to K - 1, `[...]`.
+
+    Returns:
+      One value per example, `[...]`.
+
+    Raises:
+      ValueError: if the shapes do not fit or there are fewer than two classes.
+
+    Examples:
+      >>> import jax.numpy as jnp, gompertz_jax as gj
+      >>> print(gj.target_cross_entropy(jnp.zeros(2), jnp.zeros(2), jnp.array(0)).round(4))
+      0.3466
+
+    References:
+      Lv, Yang and Li, 2024, https://arxiv.org/abs/2412.08139; as in `mdistiller/distillers/WKD.py` of its code.
+    """
+    check_pair(student_logits, teacher_logits, labels)
+    student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
+    log_probs, probs = (
+        jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+        for scores in (jax.nn.log_softmax(student), jax.nn.softmax(teacher))
+    )
+    return -probs * log_probs
 
 
 def softened(
@@ -357,8 +400,23 @@ def _divergence(student: Array, teacher: Array) -> Array:
     return jnp.sum(teacher_probs * log_ratio, axis=-1)
 
 
-def _check_labels(labels: Array, logits: Array) -> None:
+def check_labels(labels: Array, logits: Array) -> None:
+    """Refuse labels that are not one for each row of logits."""
     if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of logits without its last axis, got {labels.shape} and {logits.shape}"
+        )
+
+
+def check_pair(student: Array, teacher: Array, labels: Array | None) -> None:
+    """Refuse logits of two networks, and labels, that do not belong together."""
+    if student.ndim == 0 or student.shape != teacher.shape or student.shape[-1] < 2:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same shape [..., K] with at least two classes, "
+            f"got {student.shape} and {teacher.shape}"
+        )
+    if labels is not None and labels.shape != student.shape[:-1]:
+        raise ValueError(
+            "labels must have the shape of student_logits without its last axis, "
+            f"got {labels.shape} and {student.shape}"
         )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._numerics import Scalar, checked, matmul, positive_count, positive_number, raised, unit_vectors
+from .._checks import Scalar, checked, positive_count, positive_number
+from .._numerics import matmul, raised, unit_vectors
 from .logits import correlation_distance, softened
 
 # Anchors whose differences from the whole batch are held in memory at a time.

@@ -1,21 +1,21 @@
-"""Transport costs: entropic optimal transport between clouds, images or classes, and its cheap relatives.
+"""Entropic optimal transport between clouds, between the images of a batch, and between classes.
 
 A cloud is `[n, d]`, for instance the positions of a feature map in channel space; all of its points weigh the same.
 Importing this module imports OTT-JAX, and with it Flax: `gompertz_jax` loads it on first use.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
-from .._numerics import Scalar, checked, matmul, positive_count, positive_number, raised, unit_vectors
+from .._checks import Scalar, checked, positive_count, positive_number
+from .._numerics import raised
 from ._sinkhorn import Transport, resolvable, solve
-
-Cost = str | Callable[[Array, Array], Array]
+from .costs import Cost, check_cost, pairwise_costs
+from .logits import check_pair
 
 
 class SinkhornDiagnostics(NamedTuple):
@@ -294,7 +294,7 @@ def _distance(
         marginal_penalty = positive_number("marginal_penalty", marginal_penalty)
 
     x, y = raised(x, y)
-    _check_cost(cost, x, y)
+    check_cost(cost, x, y)
     constant = partial(_constant, dtype=x.dtype)
     batch = x.shape[:-2]
     value, gradient, diagnostics = _transport(
@@ -309,9 +309,11 @@ def _distance(
         max_iterations=max_iterations,
     )
     value = _with_gradient(x, value.reshape(batch), gradient.reshape(x.shape))
-    if not return_diagnostics:
-        return value
-    return value, SinkhornDiagnostics(*(field.reshape(batch) for field in diagnostics))
+    return _with_diagnostics(value, diagnostics) if return_diagnostics else value
+
+
+def _with_diagnostics(value: Array, diagnostics: tuple[Array, ...]) -> tuple[Array, SinkhornDiagnostics]:
+    return value, SinkhornDiagnostics(*(field.reshape(value.shape) for field in diagnostics))
 
 
 def _constant(value: Scalar, dtype: Any) -> Array:
@@ -364,7 +366,7 @@ def _transport(
         # A shift common to both clouds changes nothing but the rounding of |x|^2 + |y|^2 - 2 <x, y>.
         center = 0.5 * (jnp.mean(x, axis=-2, keepdims=True) + jnp.mean(y, axis=-2, keepdims=True))
         x, y = x - center, y - center
-    costs, pull_back = _costs(cost, x, y)
+    costs, pull_back = pairwise_costs(cost, x, y)
     tiny = jnp.finfo(costs.dtype).tiny
     if labels is None:
         scale = jnp.maximum(jnp.mean(costs, axis=(-2, -1)), tiny)
@@ -392,9 +394,9 @@ def _transport(
     problems = [solve_for(costs)]
     value, gradient = problems[0].value - between_classes, pull_back(problems[0].plan)
     if debiased:
-        student_costs, student_pull_back = _costs(cost, x, x)
+        student_costs, student_pull_back = pairwise_costs(cost, x, x)
         student = solve_for(student_costs, symmetric=True)
-        teacher = solve_for(_costs(cost, y, y)[0], symmetric=True)
+        teacher = solve_for(pairwise_costs(cost, y, y)[0], symmetric=True)
         value = value - 0.5 * (student.value + teacher.value)
         # x is both arguments of its self term, and the plan is symmetric: twice the gradient, halved.
         gradient = gradient - student_pull_back(student.plan)
@@ -405,37 +407,6 @@ def _transport(
         jnp.max(jnp.stack([problem.marginal_error for problem in problems]), axis=0),
     )
     return scale * value, gradient, diagnostics
-
-
-def _costs(cost: Cost, x: Array, y: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Costs `[B, n, m]`, and the function that turns a plan into the gradient of its cost with respect to x."""
-    if cost == "squared_euclidean":
-        return _squared_distances(
-            x, y
-        ), lambda plan: 2.0 * (jnp.sum(plan, axis=-1, keepdims=True) * x - matmul(plan, y))
-    function = _cosine_distances if cost == "cosine" else jax.vmap(cost)  # pyright: ignore[reportArgumentType]
-    costs, pull_back = jax.vjp(lambda x: function(x, y).astype(x.dtype), x)
-    return costs, lambda plan: pull_back(plan)[0]
-
-
-def _squared_distances(x: Array, y: Array) -> Array:
-    squared_norms = jnp.sum(jnp.square(x), axis=-1)[..., :, None] + jnp.sum(jnp.square(y), axis=-1)[..., None, :]
-    return jnp.maximum(squared_norms - 2.0 * matmul(x, jnp.swapaxes(y, -1, -2)), 0.0)
-
-
-def _cosine_distances(x: Array, y: Array) -> Array:
-    return jnp.maximum(1.0 - matmul(unit_vectors(x), jnp.swapaxes(unit_vectors(y), -1, -2)), 0.0)
-
-
-def _check_cost(cost: Cost, x: Array, y: Array) -> None:
-    if isinstance(cost, str):
-        if cost not in ("squared_euclidean", "cosine"):
-            raise ValueError(f"cost must be 'squared_euclidean', 'cosine' or a function, got {cost!r}")
-        return
-    clouds = (jax.ShapeDtypeStruct(cloud.shape[-2:], cloud.dtype) for cloud in (x, y))
-    shape, expected = getattr(jax.eval_shape(cost, *clouds), "shape", None), (x.shape[-2], y.shape[-2])
-    if shape != expected:
-        raise ValueError(f"cost must return one array of the shape [n, m], here {expected}, got {shape}")
 
 
 @overload
@@ -538,7 +509,7 @@ def wasserstein_logits(
       Lv, Yang and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, 2024,
       https://arxiv.org/abs/2412.08139; the published numbers are from `configs/cifar100/wkd_l` of its code.
     """
-    _check_logits(student_logits, teacher_logits, labels)
+    check_pair(student_logits, teacher_logits, labels)
     classes = student_logits.shape[-1]
     if class_cost.shape != (classes, classes):
         raise ValueError(f"class_cost must have the shape [K, K], here {(classes, classes)}, got {class_cost.shape}")
@@ -566,9 +537,7 @@ def wasserstein_logits(
         max_iterations=max_iterations,
     )
     value = _with_gradient(student, value.reshape(batch), gradient.reshape(student.shape))
-    if not return_diagnostics:
-        return value
-    return value, SinkhornDiagnostics(*(field.reshape(batch) for field in diagnostics))
+    return _with_diagnostics(value, diagnostics) if return_diagnostics else value
 
 
 @partial(jax.jit, static_argnames=("max_iterations",))
@@ -586,291 +555,3 @@ def _transport_of_weights(
     )
     diagnostics = solution.converged, solution.iterations, solution.marginal_error
     return scale * solution.value, scale * solution.potentials, diagnostics
-
-
-@checked
-def target_cross_entropy(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "..."],
-    labels: Int[Array, "..."],
-) -> Float[Array, "*batch"]:
-    r"""The target class's part of WKD-L: the student's log-probability of it, weighted by the teacher's probability.
-
-    .. math:: - p_\ell \ln q_\ell, \qquad
-       p = \mathrm{softmax}(\text{teacher}), \quad q = \mathrm{softmax}(\text{student})
-
-    Published weight 1, at temperature 1, next to the cross-entropy and `wasserstein_logits` with `labels`. The teacher
-    receives no gradient. In nats, computed in at least float32.
-
-    Args:
-      student_logits: unnormalised log-probabilities, `[..., K]`.
-      teacher_logits: the same of the teacher, `[..., K]`.
-      labels: target classes, integers from 0 to K - 1, `[...]`.
-
-    Returns:
-      One value per example, `[...]`.
-
-    Raises:
-      ValueError: if the shapes do not fit or there are fewer than two classes.
-
-    Examples:
-      >>> import jax.numpy as jnp, gompertz_jax as gj
-      >>> print(gj.target_cross_entropy(jnp.zeros(2), jnp.zeros(2), jnp.array(0)).round(4))
-      0.3466
-
-    References:
-      Lv, Yang and Li, 2024, https://arxiv.org/abs/2412.08139; as in `mdistiller/distillers/WKD.py` of its code.
-    """
-    _check_logits(student_logits, teacher_logits, labels)
-    student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
-    log_probs, probs = (
-        jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
-        for scores in (jax.nn.log_softmax(student), jax.nn.softmax(teacher))
-    )
-    return -probs * log_probs
-
-
-def _check_logits(student: Array, teacher: Array, labels: Array | None) -> None:
-    if student.ndim == 0 or student.shape != teacher.shape or student.shape[-1] < 2:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape [..., K] with at least two classes, "
-            f"got {student.shape} and {teacher.shape}"
-        )
-    if labels is not None and labels.shape != student.shape[:-1]:
-        raise ValueError(
-            "labels must have the shape of student_logits without its last axis, "
-            f"got {labels.shape} and {student.shape}"
-        )
-
-
-@checked
-def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1.0) -> Float[Array, "classes classes"]:
-    r"""How far apart classes are for a teacher: the cost for `wasserstein_logits`.
-
-    .. math:: C_{kl} = 1 - e^{-\kappa (1 - \mathrm{IR}_{kl})}, \qquad C_{kk} = 0
-
-    where the interrelation :math:`\mathrm{IR}` of two classes is, as published, the linear centred kernel alignment
-    (CKA) of what the teacher returns for `b` training images of either, or the cosine of the classes' vectors. CKA
-    pairs the images of two classes in the order they come in; in the reference code these are the teacher's logits for
-    the training images, in the order of the data set, with :math:`\kappa = 1`. Its alternative is the cosine of the
-    rows of the teacher's last layer.
-
-    Args:
-      class_vectors: of the teacher, `[K, b, d]` for CKA (logits or features of the same number of images for every
-        class), or `[K, d]` for the cosine (rows of the last layer's weights, class means). A class whose vectors are
-        zero (for CKA: do not vary) is unrelated to every other, :math:`\mathrm{IR} = 0`.
-      sharpness: :math:`\kappa`, positive.
-
-    Returns:
-      Costs from 0 up to 1, symmetric, zero on the diagonal, `[K, K]`, in at least float32.
-
-    Raises:
-      ValueError: if `class_vectors` has neither shape or an empty axis, or `sharpness` is not positive.
-
-    Examples:
-      >>> import jax.numpy as jnp, gompertz_jax as gj
-      >>> print(gj.class_distances(jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])).round(2))
-      [[0.   0.25 0.63]
-       [0.25 0.   0.25]
-       [0.63 0.25 0.  ]]
-
-    References:
-      Lv, Yang and Li, 2024, https://arxiv.org/abs/2412.08139; `tools/generate_cost_matrix.py` and
-      `mdistiller/distillers/WKD.py` of its code. CKA: Kornblith et al., Similarity of Neural Network Representations
-      Revisited, 2019, https://arxiv.org/abs/1905.00414.
-    """
-    if class_vectors.ndim not in (2, 3) or 0 in class_vectors.shape:
-        raise ValueError(f"class_vectors must have the shape [K, d] or [K, b, d], got {class_vectors.shape}")
-    sharpness = positive_number("sharpness", sharpness)
-    (vectors,) = raised(class_vectors)
-    if vectors.ndim == 3:
-        # Linear CKA is the cosine between the Gram matrices of the centred vectors.
-        vectors = vectors - jnp.mean(vectors, axis=1, keepdims=True)
-        vectors = vectors / jnp.maximum(
-            jnp.max(jnp.abs(vectors), axis=(1, 2), keepdims=True), jnp.finfo(vectors.dtype).tiny
-        )
-        vectors = matmul(vectors, jnp.swapaxes(vectors, 1, 2)).reshape(len(vectors), -1)
-    return jnp.where(
-        jnp.eye(len(vectors), dtype=bool), 0.0, -jnp.expm1(-sharpness * _cosine_distances(vectors, vectors))
-    )
-
-
-@checked
-def gaussian_wasserstein(x: Float[Array, "*batch points width"], y: Float[Array, "..."]) -> Float[Array, "*batch"]:
-    r"""Squared 2-Wasserstein distance between two clouds, taken as Gaussians with diagonal covariance.
-
-    .. math:: |\mu_x - \mu_y|^2 + |\sigma_x - \sigma_y|^2
-
-    with the mean and the standard deviation of every dimension over the points. The variance is the biased one, so that
-    a cloud of one point has a standard deviation of 0. A dimension in which `x` is constant has no derivative of its
-    standard deviation: 0 is used. The teacher's cloud `y` receives no gradient.
-
-    Args:
-      x: the student's clouds, `[..., n, d]`.
-      y: the teacher's clouds, the same shape.
-
-    Returns:
-      One value per example, `[...]`, in squared units of the points, in at least float32.
-
-    Raises:
-      ValueError: if the shapes differ, or a cloud is empty.
-
-    Examples:
-      >>> import jax.numpy as jnp, gompertz_jax as gj
-      >>> x = jnp.array([[0.0], [2.0]])
-      >>> print(gj.gaussian_wasserstein(x, 3.0 * x))
-      8.0
-
-    References:
-      Dowson and Landau, The Frechet Distance between Multivariate Normal Distributions, 1982. In distillation: Lv, Yang
-      and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, 2024,
-      https://arxiv.org/abs/2412.08139.
-    """
-    _check_same_clouds(x, y)
-    return gaussian_distance(x, y)
-
-
-def gaussian_distance(
-    x: Float[Array, "*batch points width"], y: Float[Array, "*batch others width"], *, mean_weight: Scalar = 1.0
-) -> Float[Array, "*batch"]:
-    """`gaussian_wasserstein` of clouds whose numbers of points may differ: maps of two networks, `[..., n or m, d]`.
-
-    `mean_weight` is the weight of the means' part; that of the standard deviations' is 1.
-    """
-    x, y = raised(x, jax.lax.stop_gradient(y))
-    means = jnp.mean(x, axis=-2) - jnp.mean(y, axis=-2)
-    deviations = _standard_deviation(x) - _standard_deviation(y)
-    return jnp.sum(jnp.asarray(mean_weight, x.dtype) * jnp.square(means) + jnp.square(deviations), axis=-1)
-
-
-def _standard_deviation(x: Array) -> Array:
-    variance = jnp.var(x, axis=-2)
-    # The derivative of the square root is infinite at 0, and 0 * infinity is NaN also in a branch not taken.
-    is_constant = variance <= 0
-    return jnp.where(is_constant, 0.0, jnp.sqrt(jnp.where(is_constant, 1.0, variance)))
-
-
-@checked
-def wasserstein_gaussians(
-    student_map: Float[Array, "batch h w c"],
-    teacher_map: Float[Array, "..."],
-    *,
-    mean_weight: Scalar = 4.0,
-    grid: int = 1,
-) -> Float[Array, " batch"]:
-    r"""WKD-F: squared 2-Wasserstein distance between the Gaussians of both maps, the means weighted against the rest.
-
-    .. math:: \frac{1}{g^2} \sum_{\text{cells}} \gamma \, |\mu_s - \mu_t|^2 + |\sigma_s - \sigma_t|^2
-
-    with the mean and the standard deviation of every channel over the positions of a cell of the `g x g` grid, summed
-    over the channels (`gaussian_wasserstein` for one cell and :math:`\gamma = 1`). The teacher receives no gradient.
-
-    Published: :math:`\gamma` 4, one cell and the weight .006 (ResNet-32x4 to ResNet-8x4 on CIFAR-100, the last map, the
-    student's through a 1 x 1 convolution, BatchNorm and ReLU; the weight decays by a half cosine after epoch 150 of
-    240); for ImageNet :math:`\gamma` 2. Where the number of channels differs, such a projection has to come first;
-    heights and widths may differ. The reference code takes the unbiased variance and adds 1e-5 to it; here it is the
-    biased one with nothing added, and a channel constant over a cell has the derivative 0 there.
-
-    Args:
-      student_map: the student's maps, `[B, h, w, c]`.
-      teacher_map: the teacher's, `[B, h', w', c]`.
-      mean_weight: :math:`\gamma`, positive.
-      grid: cells `g` along either side, a positive integer, at most the smaller map's height and width. Where it does
-        not divide them, neighbouring cells overlap by one position (as in adaptive pooling).
-
-    Returns:
-      One value per example, `[B]`, in squared units of the maps, in at least float32.
-
-    Raises:
-      ValueError: if batch or channels differ, `grid` does not fit, or `mean_weight` is not positive.
-
-    Examples:
-      >>> import jax.numpy as jnp, gompertz_jax as gj
-      >>> teacher = jnp.arange(4.0).reshape(1, 2, 2, 1)
-      >>> print(gj.wasserstein_gaussians(teacher + 1.0, teacher))
-      [4.]
-
-    References:
-      Lv, Yang and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, 2024,
-      https://arxiv.org/abs/2412.08139; the published numbers are from `configs/cifar100/wkd_f` and
-      `mdistiller/engine/cfg.py` of its code.
-    """
-    shape, other = student_map.shape, teacher_map.shape
-    if len(other) != 4 or (shape[0], shape[3]) != (other[0], other[3]):
-        raise ValueError(
-            f"student_map and teacher_map must have the shapes [B, h, w, c] and [B, h', w', c], got {shape} and {other}"
-        )
-    grid = positive_count("grid", grid)
-    smallest = min(*shape[1:3], *other[1:3])
-    if grid > smallest:
-        raise ValueError(f"grid must be at most {smallest}, the smallest side of both maps, got {grid}")
-    mean_weight = positive_number("mean_weight", mean_weight)
-
-    def cell(maps: Array, row: int, column: int) -> Array:
-        # From the floor to the ceiling, so that every position is in a cell.
-        (top, bottom), (left, right) = (
-            (index * size // grid, -(-(index + 1) * size // grid))
-            for index, size in zip((row, column), maps.shape[1:3], strict=True)
-        )
-        return maps[:, top:bottom, left:right].reshape(len(maps), -1, maps.shape[-1])
-
-    cells = [
-        gaussian_distance(cell(student_map, row, column), cell(teacher_map, row, column), mean_weight=mean_weight)
-        for row in range(grid)
-        for column in range(grid)
-    ]
-    return jnp.mean(jnp.stack(cells), axis=0)
-
-
-@checked
-def sliced_wasserstein(
-    x: Float[Array, "*batch points width"],
-    y: Float[Array, "..."],
-    *,
-    key: PRNGKeyArray,
-    num_projections: int = 64,
-) -> Float[Array, "*batch"]:
-    r"""Mean over random directions of the squared 2-Wasserstein distance between the projected clouds.
-
-    .. math:: \frac{1}{L} \sum_l \frac{1}{n} \sum_i
-       \left( \text{sort}(X \theta_l)_i - \text{sort}(Y \theta_l)_i \right)^2, \qquad |\theta_l| = 1
-
-    The directions are drawn uniformly from the unit sphere and shared by the whole batch. In `d` dimensions a shift of
-    the whole cloud by `v` costs about :math:`|v|^2 / d`. The teacher's cloud `y` receives no gradient.
-
-    Args:
-      x: the student's clouds, `[..., n, d]`.
-      y: the teacher's clouds, the same shape: the same number of points.
-      key: a PRNG key; the same key gives the same directions.
-      num_projections: number `L` of directions, a positive integer.
-
-    Returns:
-      One value per example, `[...]`, in squared units of the points, in at least float32.
-
-    Raises:
-      ValueError: if the shapes differ, a cloud is empty, or `num_projections` is not a positive integer.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, gompertz_jax as gj
-      >>> x = jnp.array([[0.0], [1.0], [2.0]])
-      >>> print(gj.sliced_wasserstein(x, x[::-1] + 3.0, key=jax.random.key(0)))
-      9.0
-
-    References:
-      Bonneel et al., Sliced and Radon Wasserstein Barycenters of Measures, 2015,
-      https://doi.org/10.1007/s10851-014-0506-3.
-    """
-    _check_same_clouds(x, y)
-    num_projections = positive_count("num_projections", num_projections)
-    x, y = raised(x, jax.lax.stop_gradient(y))
-    directions = jax.random.normal(key, (num_projections, x.shape[-1]), x.dtype)
-    directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
-    projected_x, projected_y = (jnp.sort(matmul(directions, jnp.swapaxes(cloud, -1, -2)), axis=-1) for cloud in (x, y))
-    return jnp.mean(jnp.square(projected_x - projected_y), axis=(-2, -1))
-
-
-def _check_same_clouds(x: Array, y: Array) -> None:
-    if x.ndim < 2 or x.shape != y.shape:
-        raise ValueError(f"x and y must have the same shape [..., n, d], got {x.shape} and {y.shape}")
-    if 0 in x.shape[-2:]:
-        raise ValueError(f"x and y must have at least one point and one dimension, got {x.shape}")

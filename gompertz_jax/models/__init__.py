@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._numerics import LARGEST_COUNT, checked, finite_number, positive_count, shown
+from .._checks import LARGEST_COUNT, checked, finite_number, positive_count, shown
 from ..intact import SUMS, fault
 from ..network import Network, Outputs, PyTree
 from .layers import Draws, loops_pay
