@@ -73,6 +73,8 @@ def compiled(function: Callable[P, R], **options: Any) -> Any:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return program(*args, **kwargs)
+        except jax.errors.JaxRuntimeError:
+            raise  # the program ran: what it was given was taken, and what it was given may be donated by now
         except Exception:
             try:
                 for name, value in signature.bind(*args, **kwargs).arguments.items():

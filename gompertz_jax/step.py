@@ -104,7 +104,7 @@ def init_state(
         key = jax.random.key(0) if key is None else key
         ours, theirs = output_shapes(student, image_shape), output_shapes(teacher, image_shape)
         projections, projection_stats = init_projections(objective.projections, ours, theirs, key)
-    params, stats = jax.tree.map(jnp.array, (student.params, student.stats))
+    params, stats = _copies((student.params, student.stats))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -112,11 +112,17 @@ def init_state(
         projections=projections,
         projection_stats=projection_stats,
         progress={} if objective.progress is None else objective.progress.start(),
-        opt_state=optimizer.init({"student": params, "projections": projections}),
-        average=jax.tree.map(jnp.array, (params, stats)) if moving_average else None,
+        # Some optimisers keep the initial weights, as these very arrays, which cannot be donated twice.
+        opt_state=_copies(optimizer.init({"student": params, "projections": projections})),
+        average=_copies((params, stats)) if moving_average else None,
         failed_term=jnp.full((), HEALTHY, jnp.int32),
         failed_step=jnp.full((), HEALTHY, jnp.int32),
     )
+
+
+def _copies(tree: PyTree) -> PyTree:
+    """Arrays of their own, to be donated; of a dtype that is theirs: a weak one would have the step compiled twice."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jax.typeof(leaf).dtype), tree)
 
 
 def output_shapes(network: Network, image_shape: tuple[int, ...], *, batch_size: int = 1) -> Outputs:
@@ -230,7 +236,7 @@ def _forward(
     """One forward pass, its new statistics, and the pull-back of its logits to the images and to the tapped stages."""
     offsets = None
     if taps:
-        maps = jax.eval_shape(lambda images: network.forward(images, train=False)[0].features, images)
+        maps = jax.eval_shape(lambda images: network.forward(images, train=False, frozen=frozen)[0].features, images)
         tapped = {_stage(index, maps) for index in taps}
         # The derivative with respect to what is added to a map is the derivative with respect to the map.
         offsets = tuple(jnp.zeros(m.shape, m.dtype) if index in tapped else None for index, m in enumerate(maps))
@@ -417,7 +423,7 @@ def make_learn(
         )
         if average_decay is not None:
             decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
-            new = new._replace(average=optax.incremental_update((new.params, new.stats), state.average, 1.0 - decay))
+            new = new._replace(average=_averaged((new.params, new.stats), state.average, decay))
         gradient_norm = optax.tree.norm(gradient)
         weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
         sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
@@ -708,6 +714,17 @@ def step_key(seed: int, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x7E), step)
 
 
+def _averaged(new: PyTree, average: PyTree, decay: Array) -> PyTree:
+    """The moving average after a step; of what has none, such as a counter or a random key, the new value."""
+
+    def moved(new: Array, average: Array) -> Array:
+        if not jnp.issubdtype(new.dtype, jnp.inexact):
+            return new
+        return (decay * average + (1.0 - decay) * new).astype(average.dtype)
+
+    return jax.tree.map(moved, new, average)
+
+
 def _all_finite(tree: PyTree) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
@@ -745,19 +762,23 @@ def make_eval_step(
             raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
         count = images.shape[0]
         size = -(-min(batch_size, count) // devices) * devices
-        padding = -count % size
+        missing = max(size - count, 0)  # of a split that is smaller than a batch of these devices
+        images, labels = (jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (images, labels))
+        last = len(images) - size
 
-        def batches(a: Array) -> Array:
-            padded = jnp.concatenate([a, jnp.zeros((padding, *a.shape[1:]), a.dtype)])
-            return padded.reshape(-1, size, *a.shape[1:])
-
-        def one_batch(batch: tuple[Array, Array]) -> tuple[Array, Array]:
-            spread = spread_batch({"image": batch[0], "label": batch[1]}, mesh)
+        def one_batch(start: Array) -> tuple[Array, Array]:
+            image, label = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (images, labels))
+            spread = spread_batch({"image": image, "label": label}, mesh)
             logits = network.forward(as_unit_interval(spread["image"]), train=False, frozen=True)[0].logits
             return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, spread["label"])
 
-        classes, losses = jax.lax.map(one_batch, (batches(images), batches(labels)))
-        return Predictions(classes.reshape(-1)[:count], losses.reshape(-1)[:count].mean())
+        # The last batch ends where the split does, and begins with images of the one before: to fill it up would take
+        # a copy of the whole split.
+        starts = jnp.minimum(jnp.arange(0, len(images), size), last)
+        found = jax.lax.map(one_batch, starts)
+        repeated = len(starts) * size - len(images)
+        classes, losses = (jnp.concatenate([rows[:-1].reshape(-1), rows[-1, repeated:]])[:count] for rows in found)
+        return Predictions(classes, losses.mean())
 
     return compiled(evaluate_split, out_shardings=copied(mesh))
 

@@ -83,14 +83,25 @@ def _computes(term: Term) -> tuple[Any, ...]:
     """What a term computes, whatever it is called and by whatever schedules: equal for equal losses and options."""
     loss: Any = term.loss
     if isinstance(loss, partial):
-        loss = loss.func, repr(loss.args), repr(sorted(loss.keywords.items()))
+        loss = loss.func, _identity(loss.args), _identity(loss.keywords)
     return loss, term.distils, term.every_k_steps, term.gradient_stages
+
+
+def _identity(option: Any) -> Any:
+    """Equal for equal options, and hashable; an array by all of its numbers, of which its `repr` leaves some out."""
+    if isinstance(option, np.ndarray | jax.Array):
+        return option.shape, str(option.dtype), np.asarray(option).tobytes()
+    if isinstance(option, Mapping):
+        return tuple(sorted((name, _identity(value)) for name, value in option.items()))
+    if isinstance(option, list | tuple):
+        return tuple(map(_identity, option))
+    return repr(option)
 
 
 def _shape(objective: Objective) -> tuple[Any, ...]:
     """What two objectives of one group have in common: all but the schedules."""
     terms = tuple((term.name, tuple(sorted(term.schedules)), *_computes(term)) for term in objective.terms)
-    return terms, repr(sorted(objective.projections.items())), objective.progress
+    return terms, _identity(objective.projections), objective.progress
 
 
 def grouped(objectives: Sequence[Objective]) -> tuple[Group, ...]:

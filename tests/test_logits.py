@@ -376,6 +376,28 @@ def test_target_cross_entropy_is_the_formula():
     np.testing.assert_array_equal(to_teacher, 0.0)
 
 
+@pytest.mark.parametrize("label", [-1, -3, 3, 300])
+def test_a_label_that_is_none_gives_nan_and_not_another_classs_value(label):
+    student, teacher = jnp.asarray(logits(4, (2, 3))), jnp.asarray(logits(5, (2, 3)))
+    labels = jnp.array([1, label])
+    for loss in (
+        gj.cross_entropy(student, labels),
+        gj.cross_entropy(student, labels, label_smoothing=0.1),
+        gj.decoupled_kl(student, teacher, labels),
+        gj.target_cross_entropy(student, teacher, labels),
+        gj.wasserstein_logits(student, teacher, 1.0 - jnp.eye(3), labels=labels),
+        gj.label_class(student, labels).sum(-1),
+    ):
+        np.testing.assert_array_equal(np.isnan(loss), [False, True])
+
+
+def test_labels_of_a_narrow_dtype_count_as_others_do():
+    scores, labels = jnp.asarray(logits(6, (2, 128))), jnp.array([0, 127])
+    narrow = labels.astype(jnp.int8)
+    np.testing.assert_array_equal(gj.label_class(scores, narrow), jax.nn.one_hot(labels, 128))
+    np.testing.assert_array_equal(gj.cross_entropy(scores, narrow), gj.cross_entropy(scores, labels))
+
+
 Z = jnp.zeros((2, 3))
 INFINITE = jnp.asarray(np.inf)
 ILLEGAL = [

@@ -547,6 +547,70 @@ def test_moving_average_is_the_exponential_one_and_is_what_is_evaluated():
     assert not np.allclose(state.evaluated()[0]["w"], state.params["w"])
 
 
+def test_a_moving_average_takes_counters_and_keys_among_the_statistics_as_they_are():
+    def apply(params, stats, images, *, train, key=None):
+        key, _ = jax.random.split(stats["key"])
+        outputs, _ = linear_apply(params, {"passes": 0.0}, images, train=train)
+        return outputs, {"count": stats["count"] + 1, "key": key} if train else stats
+
+    stats = {"count": jnp.int32(0), "key": jax.random.key(7)}
+    student = gj.Network(apply, linear_network(1).params, stats, 0.0, 1.0)
+    objective, optimizer = gj.student_alone(), optax.sgd(0.1)
+    state = gj.init_state(student, optimizer, objective, SHAPE, moving_average=True)
+    step = gj.make_train_step(student, optimizer, objective, average_decay=0.9, steps_per_dispatch=3)
+    state, _ = step(state, None, batch())
+    assert state.failed_term == -1
+    _, averaged = state.evaluated()
+    assert averaged["count"] == 3 and averaged["count"].dtype == jnp.int32
+    assert (jax.random.key_data(averaged["key"]) == jax.random.key_data(state.stats["key"])).all()
+
+
+@pytest.mark.parametrize("name", ["dog", "prodigy"])
+def test_an_optimiser_that_keeps_the_initial_weights_may_be_donated(name):
+    state, _, step = setup(gj.student_alone(), optimizer=getattr(optax.contrib, name)())
+    for _ in range(2):
+        state, _ = step(state, None, batch())
+    assert state.step == 2 and state.failed_term == -1
+
+
+def test_weights_of_a_weak_dtype_do_not_compile_the_step_twice():
+    traced = []
+
+    def apply(params, stats, images, *, train, key=None):
+        traced.append(train)
+        logits = params["scale"] * images.reshape(len(images), -1)[:, :CLASSES] + params["offset"]
+        return gj.Outputs(logits, (), logits), stats
+
+    params = {"scale": jnp.full(CLASSES, 0.1), "offset": 0.5}
+    student = gj.Network(apply, params, {}, 0.0, 1.0)
+    state = gj.init_state(student, optax.sgd(0.1), gj.student_alone(), SHAPE)
+    step = gj.make_train_step(student, optax.sgd(0.1), gj.student_alone())
+    state, _ = step(state, None, batch())
+    once = len(traced)
+    state, _ = step(state, None, batch())
+    assert len(traced) == once and state.step == 2
+
+
+def test_what_fails_inside_of_a_running_step_is_told_as_it_is():
+    def refuse(logits):
+        raise RuntimeError("no room left in the annex")
+
+    def loss(record):
+        shape = jax.ShapeDtypeStruct(record.labels.shape, jnp.float32)
+        return jax.pure_callback(refuse, shape, jax.lax.stop_gradient(record.student.logits))
+
+    objective = gj.Objective((gj.student_alone().terms[0], gj.Term("annex", gj.constant_schedule(1.0), loss)))
+    state, teacher, step = setup(objective)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no room left in the annex"):
+        jax.block_until_ready(step(state, teacher, batch()))
+
+
+def test_a_label_that_is_none_is_refused_and_not_another_classs():
+    state, _, step = setup(gj.student_alone())
+    state, metrics = step(state, None, batch() | {"label": jnp.array([0, 1, -1, 2, 0, 1])})
+    assert state.failed_term == 0 and state.step == 0 and np.isnan(metrics["ce/raw"][0])
+
+
 def test_projections_learn_and_teacher_is_unchanged():
     state, teacher, step = setup(gj.gompertz_objective(2), steps_per_dispatch=2)
     kernel, taught = np.asarray(state.projections["last"]["kernel"]), jax.tree.map(np.asarray, teacher.params)
@@ -601,6 +665,13 @@ def test_evaluation_does_not_depend_on_how_the_split_divides(count):
     np.testing.assert_array_equal(got.classes, logits.argmax(-1))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(got.cross_entropy, -log_p[np.arange(count), labels].mean(), rtol=1e-5)
+
+
+def test_evaluation_makes_no_second_copy_of_the_split():
+    network, count = linear_network(1), 4001
+    images = jax.ShapeDtypeStruct((count, *SHAPE), jnp.uint8)
+    program = gj.make_eval_step(batch_size=10).lower(network, images, jax.ShapeDtypeStruct((count,), jnp.int32))
+    assert program.compile().memory_analysis().temp_size_in_bytes < images.size / 2
 
 
 def test_mistakes_are_told_before_tracing():

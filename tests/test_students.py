@@ -78,6 +78,20 @@ def test_arms_of_the_same_terms_are_a_group_whatever_their_schedules():
     assert [group.arms for group in grouped(objectives())] == [(0,), (1,), (2, 6), (3,), (4,), (5,)]
 
 
+def test_arms_that_differ_in_one_number_of_an_array_are_two_groups():
+    def loss(record, *, matrix):
+        return (record.student.logits @ matrix).sum(-1)
+
+    same, other = np.zeros((50, 50), np.float32), np.zeros((50, 50), np.float32)
+    other[25, 25] = 7.0
+    ce = gj.student_alone().terms[0]
+    arms = [
+        gj.Objective((ce, gj.Term("x", gj.constant_schedule(1.0), partial(loss, matrix=matrix))))
+        for matrix in (same, other, same.copy())
+    ]
+    assert [group.arms for group in grouped(arms)] == [(0, 2), (1,)]
+
+
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "devices"])
 def test_every_student_is_its_own_run(layout):
     """On several devices: test_sharding.py."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._checks import checked, positive_count, shown
 from .._numerics import compute_dtype, cosine_distance, raised
-from .logits import check_labels
+from .logits import check_labels, positions
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
 LogitsFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, "batch classes"]]
@@ -273,9 +273,10 @@ def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."
     """
     check_labels(labels, logits)
     classes = logits.shape[-1]
-    one_hot = jax.nn.one_hot(labels, classes, dtype=compute_dtype(logits))
+    label = positions(labels, classes)
+    one_hot = jax.nn.one_hot(label, classes, dtype=compute_dtype(logits))
     # Zeros would make a gradient of zero, which the cosine takes for one without a direction.
-    return jnp.where(((labels >= 0) & (labels < classes))[..., None], one_hot, jnp.nan)
+    return jnp.where((label < classes)[..., None], one_hot, jnp.nan)
 
 
 @checked

@@ -123,7 +123,7 @@ def decoupled_kl(
       student_logits: unnormalised log-probabilities, `[..., K]`, K at least 2. Some class other than the label must
         have a score above minus infinity.
       teacher_logits: the same of the teacher, `[..., K]`.
-      labels: classes, integers from 0 to K - 1, `[...]`. A label of K or more gives NaN.
+      labels: classes, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
       alpha: weight of the label's part, at least 0; a traced scalar is accepted unchecked.
       beta: weight of the other classes' part, at least 0; likewise.
       temperature: `T`, positive; likewise.
@@ -171,7 +171,7 @@ def decoupled_kl(
 
 def _label_and_others(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Logits of "the label or not", `[..., 2]`, and of the classes other than the label, `[..., K - 1]`."""
-    label = labels[..., None]
+    label = positions(labels, logits.shape[-1])[..., None]
     position = jnp.arange(logits.shape[-1] - 1)
     others = jnp.take_along_axis(logits, position + (position >= label), axis=-1)
     rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
@@ -286,7 +286,7 @@ def cross_entropy(
 
     Args:
       logits: unnormalised log-probabilities, `[..., K]`.
-      labels: classes, integers from 0 to K - 1, `[...]`. A label of K or more gives NaN.
+      labels: classes, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
       label_smoothing: `s`, the part of the target that is spread over all classes, from 0 up to, not including, 1.
 
     Returns:
@@ -308,7 +308,7 @@ def cross_entropy(
     check_labels(labels, logits)
     smoothing = fraction_from_zero("label_smoothing", label_smoothing)
     (logits,) = raised(logits)
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, positions(labels, logits.shape[-1]))
     if isinstance(smoothing, float) and smoothing == 0.0:
         return hard
     spread = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
@@ -333,7 +333,7 @@ def target_cross_entropy(
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
       teacher_logits: the same of the teacher, `[..., K]`.
-      labels: target classes, integers from 0 to K - 1, `[...]`.
+      labels: target classes, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
 
     Returns:
       One value per example, `[...]`.
@@ -351,8 +351,9 @@ def target_cross_entropy(
     """
     check_pair(student_logits, teacher_logits, labels)
     student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
+    label = positions(labels, student.shape[-1])[..., None]
     log_probs, probs = (
-        jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+        jnp.take_along_axis(scores, label, axis=-1)[..., 0]
         for scores in (jax.nn.log_softmax(student), jax.nn.softmax(teacher))
     )
     return -probs * log_probs
@@ -406,6 +407,16 @@ def check_labels(labels: Array, logits: Array) -> None:
         raise ValueError(
             f"labels must have the shape of logits without its last axis, got {labels.shape} and {logits.shape}"
         )
+
+
+def positions(labels: Array, classes: int) -> Array:
+    """Labels as indices of an axis of that many classes; where one is negative, the first index that is outside.
+
+    A negative index counts from the end of an axis, which would be the score of another class. What is outside,
+    `take_along_axis` reads as NaN.
+    """
+    labels = labels.astype(jnp.int32)
+    return jnp.where(labels < 0, classes, labels)
 
 
 def check_pair(student: Array, teacher: Array, labels: Array | None) -> None:

@@ -480,7 +480,8 @@ def wasserstein_logits(
       student_logits: unnormalised log-probabilities, `[..., K]`.
       teacher_logits: the same of the teacher, `[..., K]`.
       class_cost: non-negative costs between the student's class and the teacher's, `[K, K]`, as of `class_distances`.
-      labels: target classes, integers from 0 to K - 1, `[...]`, or None to transport between all classes.
+      labels: target classes, integers from 0 to K - 1, `[...]`, any other one of which gives NaN; or None to transport
+        between all classes.
       temperature: `T`, positive, in units of the logits; may be traced.
       epsilon: regularisation relative to the mean of `class_cost`, positive; may be traced.
       return_diagnostics: also return a `SinkhornDiagnostics`.
@@ -521,8 +522,10 @@ def wasserstein_logits(
     student, teacher, cost = raised(
         student_logits, jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(class_cost)
     )
+    is_legal: bool | Array = True
     if labels is not None:
         is_target = labels[..., None] == jnp.arange(classes)
+        is_legal = jnp.any(is_target, axis=-1)
         student, teacher = (jnp.where(is_target, -jnp.inf, logits) for logits in (student, teacher))
     temperature = jnp.asarray(temperature, student.dtype)
     student, teacher = (jax.nn.softmax(logits / temperature) for logits in (student, teacher))
@@ -536,7 +539,8 @@ def wasserstein_logits(
         constant(threshold),
         max_iterations=max_iterations,
     )
-    value = _with_gradient(student, value.reshape(batch), gradient.reshape(student.shape))
+    value = jnp.where(is_legal, value.reshape(batch), jnp.nan)
+    value = _with_gradient(student, value, gradient.reshape(student.shape))
     return _with_diagnostics(value, diagnostics) if return_diagnostics else value
 
 
