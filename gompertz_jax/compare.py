@@ -7,7 +7,8 @@ the objective. The students' validation chooses, and the test images are read on
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from .training.compilation import keep_compiled
 from .training.config import Config
 from .training.data import Dataset, of_config
 from .training.errors import RunError
-from .training.feed import Feed, Images, device_room
+from .training.feed import Feed, Images, device_room, in_parts
 from .training.fit import (
     Best,
     Driven,
@@ -57,7 +58,7 @@ from .training.fit import (
 from .training.loop import Teacher, finished, obtain_teacher, order_seed, student_seed, teacher_shapes
 from .training.objectives import build_objective, corners, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
-from .training.sharding import check_batch, data_mesh, on_main, replicate, say, together
+from .training.sharding import check_batch, data_mesh, on_main, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, network_shapes, read_card
 from .training.workdir import check_data, claim_workdir, frozen, provenance, sole_use
@@ -512,7 +513,6 @@ def _program(
 def tested(trained: Trained) -> Tested:
     """Read the test images and evaluate all students and the teacher: the one place where a comparison does."""
     test = together(trained.dataset.test)
-    images, labels = replicate((test.images, test.labels), trained.mesh)
     evaluate, network = make_eval_step(mesh=trained.mesh), trained.network
 
     @jax.jit
@@ -522,8 +522,11 @@ def tested(trained: Trained) -> Tested:
             (params, stats),
         )
 
+    def in_all(evaluated: Callable[..., jax.Array]) -> np.ndarray:
+        return np.concatenate([np.asarray(evaluated(*part)) for part in in_parts(test, trained.mesh)], axis=-1)
+
     def classes(weights: Any) -> list[np.ndarray]:
-        return [np.asarray(classes_of(*group, images, labels)) for group in weights]
+        return [in_all(partial(classes_of, *group)) for group in weights]
 
     def share(ours: np.ndarray, right: np.ndarray) -> float:
         return float(np.mean(ours == right))
@@ -531,7 +534,8 @@ def tested(trained: Trained) -> Tested:
     state, best = trained.driven.state, trained.driven.best
     last = classes([group.evaluated() for group in state.groups])
     chosen = None if trained.dataset.validation is None else classes([(group.params, group.stats) for group in best])
-    taught = None if trained.teacher is None else np.asarray(evaluate(trained.teacher.network, images, labels).classes)
+    teacher = None if trained.teacher is None else trained.teacher.network
+    taught = None if teacher is None else in_all(lambda *part: evaluate(teacher, *part).classes)
     return Tested(
         None if taught is None else share(taught, test.labels),
         {

@@ -14,11 +14,15 @@ from test_students import TEACHER, together
 from test_students import objectives as arms
 
 import gompertz_jax as gj
-from gompertz_jax import compare, terms
+from gompertz_jax import compare, models, terms
 from gompertz_jax.data_parallel import SPREAD, per_image
+from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.projections import Embedding, Regressor
 from gompertz_jax.step import TELEMETRY
-from gompertz_jax.training import objectives
+from gompertz_jax.training import objectives, outputs
+from gompertz_jax.training.augment import augmented_view
+from gompertz_jax.training.data import load
+from gompertz_jax.training.feed import Images
 from gompertz_jax.training.sharding import data_mesh, replicate
 
 BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
@@ -150,6 +154,28 @@ def meeting(mesh):
     return jax.jit(shrink).lower(shape).compile().as_text()
 
 
+def stored(directory, mesh):
+    """What a teacher of four equal blocks, a loop where it is frozen, says of 1,338 images, and says without the loop.
+
+    So many are divided neither by eight devices nor by the batches that are stored.
+    """
+    models._RECIPES["rows"] = models._Recipe(partial(ResNet, BasicBlock, (4,), (4, 4), stem="cifar"))
+    teacher = gj.models.create("rows", num_classes=10, key=jax.random.key(5), in_channels=1)
+    config, dataset = small_config(**{"augment.flip": True}), load("digits", validation=100)
+    data = Images.of(dataset, config.data, mesh)
+    found = outputs.stored_outputs(
+        directory, teacher, data, parts=("logits",), views=1, seed=7, augment=config.augment, mesh=mesh
+    )
+    everyone = jnp.arange(len(dataset.train.labels))
+    seen = augmented_view(jnp.asarray(dataset.train.images), everyone, 0, seed=7, padding=1, flip=True)
+
+    def said(images, frozen):
+        return teacher.forward(images, train=False, frozen=frozen)[0].logits
+
+    loops = str(jax.make_jaxpr(partial(said, frozen=True))(seen)).count("scan[")
+    return {"found": found["logits"][0], "plain": jax.jit(partial(said, frozen=False))(seen), "loops": loops}
+
+
 def main(directory):
     eight = data_mesh()
     one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
@@ -170,6 +196,7 @@ def main(directory):
         found, _ = train(student, teacher, measured, mesh, ["all"], term_gradients_every=2)
         np.savez(directory / f"measured_{name}.npz", **found)
     comparison(directory / "comparison")
+    np.savez(directory / "stored.npz", **stored(directory / "outputs", eight))
     (directory / "transport.hlo").write_text(transport(eight))
     (directory / "meeting.hlo").write_text(meeting(eight))
 

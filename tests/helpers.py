@@ -53,12 +53,14 @@ def tiny_config(**changes):
 OFF = {f"objective.terms.{term}.weight": "0" for term in ("wasserstein", "gradient")}
 
 
+SMALLEST = {"smallest": 4, "smallest_wide": 8}  # name -> width of the last map
+
+
 def smallest_networks():
     """Two models with every layer of the real ones, a stem and a block: where compiling is what a test waits for."""
-    widths = {"smallest": 4, "smallest_wide": 8}
-    for name, width in widths.items():
+    for name, width in SMALLEST.items():
         models._RECIPES[name] = models._Recipe(partial(ResNet, BasicBlock, (1,), (4, width), stem="cifar"))
-    return tuple(widths)
+    return tuple(SMALLEST)
 
 
 def small_config(**changes):

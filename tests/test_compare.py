@@ -4,17 +4,24 @@ import json
 import shutil
 import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import differences_of_metrics, small_config
+from helpers import ROOT, differences_of_metrics, small_config
 
 from gompertz_jax import compare as room
+from gompertz_jax import tune
 from gompertz_jax.cli import main
 from gompertz_jax.students import grouped
+from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.feed import Images
+from gompertz_jax.training.fit import Plan
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.objectives import build_objective
+from gompertz_jax.training.sharding import data_mesh
 from gompertz_jax.training.stop import Stop, Stopped
+from gompertz_jax.training.teacher import network_from
 from gompertz_jax.training.writer import read_metrics
 
 ARMS = ("matched", "gompertz")
@@ -156,3 +163,39 @@ def test_the_command_names_what_it_does_not_know(tmp_path):
     for arms, message in (("matched,matched", "matched is there twice"), ("x", "the arm 'x' is unknown")):
         with pytest.raises(SystemExit, match=message):
             main(["compare", "--config", "configs/digits.py", "--arms", arms, "--workdir", str(tmp_path / "x")])
+
+
+def test_the_teachers_channels_are_measured_for_every_student():
+    config = small_config(**{"objective.terms.wasserstein.weight": "1 * curve"})
+    arms = {"full": room.arm(config, "full")}
+    trial = room.Trials.of(config, arms, 2, "map")
+    dataset, mesh = load("digits", validation=100), data_mesh()
+    plan = Plan.of(config.recipe, config, len(dataset.train.labels))
+    groups = grouped([build_objective(arms["full"], plan.steps)])
+    networks = [network_from(config.student.to_dict(), dataset, seed=seed) for seed in (1, 2)]
+    teacher = network_from(config.teacher.to_dict(), dataset, seed=3)
+    images = Images.of(dataset, config.data, mesh)
+    program = room._program(trial, plan, groups, (), networks, teacher, images, mesh)
+    found = program.measured(program.state, teacher).groups[0].projection_stats["last"]
+    seen = jnp.asarray(dataset.train.images[:200] / 255.0, jnp.float32)
+    maps = np.asarray(teacher.forward(seen, train=False)[0].features[-1], np.float64)
+    for student in range(2):
+        np.testing.assert_allclose(found["teacher_mean"][student], maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("compare", {"baseline": "kd"}), ("tune", {"trials": 5, "search": "random"})]
+)
+def test_every_argument_of_the_command_reaches_it(command, more, tmp_path, monkeypatch):
+    found, own = {}, tmp_path / "own.py"
+    monkeypatch.setattr({"compare": room, "tune": tune}[command], command, lambda **given: found.update(given))
+    own.write_text(
+        "from gompertz_jax.training.config import get_default\n\n\n"
+        "def get_config():\n    config = get_default()\n    config.objective.curve = '0.3'\n    return config\n"
+    )
+    options = {"seeds": 3, "layout": "vmap", "workdir": tmp_path} | more
+    written = (f"--{key}={value}" for key, value in options.items())
+    main([command, f"--config={ROOT}/configs/digits.py", "--config.seed=7", f"--arms=kd,mine={own}", *written])
+    arms = found.pop("arms")
+    assert found.pop("config").seed == 7 and found == options
+    assert list(arms) == ["kd", "mine"] and arms["mine"].objective.curve == "0.3" and arms["mine"].seed == 7

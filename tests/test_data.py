@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import tiny_config
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gompertz_jax.training.data import DataError, load
+from gompertz_jax.training.data import DataError, load, of_config
 from gompertz_jax.training.errors import RunError
 
 
@@ -119,3 +120,13 @@ def test_digits_need_no_tfds():
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_config_names_all_of_a_data_set():
+    changes = {"validation": 70, "split_seed": 4, "train_images": 300, "image_size": 4}
+    ours = of_config(tiny_config(**{f"data.{key}": value for key, value in changes.items()}).data)
+    theirs = load("digits", **changes)
+    for part in ("train", "validation"):
+        for found, expected in zip(getattr(ours, part), getattr(theirs, part), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert ours.train.images.shape == (300, 4, 4, 1)

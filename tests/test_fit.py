@@ -1,20 +1,25 @@
 """How a recipe becomes steps, dispatches and evaluations, and what the loop over them leaves alone."""
 
 import gc
+import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import load_tree, tiny_config
+from test_outputs import StopAt
 
 import gompertz_jax as gj
+from gompertz_jax import terms
 from gompertz_jax.training import fit
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.feed import Feed, Images
 from gompertz_jax.training.sharding import data_mesh, replicate
-from gompertz_jax.training.writer import read_metrics
+from gompertz_jax.training.stop import Stopped
+from gompertz_jax.training.writer import MetricsWriter, Progress, read_metrics
 
 
 def test_dispatches_divide_the_steps_and_evaluation_follows_the_epochs():
@@ -39,7 +44,7 @@ def linear_network(seed=None):
     return gj.Network(linear_apply, params, {}, 0.0, 1.0)
 
 
-def run(workdir, *, objective=None, teacher=None, seed=0, **changes):
+def run(workdir, *, objective=None, teacher=None, seed=0, stop=None, **changes):
     """A network that compiles in no time, through the whole loop: dispatches of 3 steps, evaluations at 15, 27, 39."""
     config = tiny_config(**changes)
     dataset, mesh = load("digits", validation=100), data_mesh()
@@ -56,6 +61,7 @@ def run(workdir, *, objective=None, teacher=None, seed=0, **changes):
         data=Images.of(dataset, config.data, mesh),
         seed=seed,
         mesh=mesh,
+        stop=stop,
     )
 
 
@@ -196,3 +202,115 @@ def test_a_step_whose_gradients_are_measured_has_a_line_and_no_other_line_has_th
         assert "gradient_norm" in line
         if "ce/gradient_norm" in line:  # of the only term, at weight 1
             np.testing.assert_allclose(line["ce/gradient_norm"], line["gradient_norm"], rtol=1e-5)
+
+
+def test_the_teachers_channels_are_measured_before_the_first_step(tmp_path):
+    transport = gj.Term("w", gj.constant_schedule(0.1), terms.gaussian)
+    objective = gj.Objective((*gj.student_alone().terms, transport), {"last": gj.Projection()})
+    run(tmp_path, objective=objective, teacher=linear_network(5), **{"recipe.epochs": 1})
+    state, _ = load_tree(tmp_path / "checkpoints" / "last")
+    seen = load("digits", validation=100).train.images[:200] / 255.0  # teacher_statistics_images
+    found = state["projection_stats"]["last"]
+    np.testing.assert_allclose(found["teacher_mean"], seen.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(found["teacher_std"], seen.std((0, 1, 2)), rtol=1e-5)
+
+
+def test_a_run_evaluates_the_moving_average_and_rests_under_the_cutoff(tmp_path):
+    objective = gj.gompertz_objective(39, wasserstein_weight=0.0, gradient_weight=0.0)
+    changes = {"recipe.moving_average": 0.9, "objective.skip_below": 0.1}
+    fitted = run(tmp_path, objective=objective, teacher=linear_network(5), **changes)
+    state, _ = load_tree(tmp_path / "checkpoints" / "last")
+    average = state["average"][0]
+    np.testing.assert_array_equal(fitted.last.params, average)
+    assert np.abs(average - state["params"]).max() > 1e-3
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    held = load("digits", validation=100).validation
+    said = (held.images.reshape(100, -1) / 255.0 @ np.asarray(average, np.float64)).argmax(-1)
+    assert lines[-1]["accuracy"] == pytest.approx((said == held.labels).mean())
+    rests = [line["kd/raw"] is None for line in lines if line["split"] == "train"]
+    assert rests == [np.exp(-5 * np.exp(-8 * n / 39)) < 0.1 for n in range(39)] and 0 < sum(rests) < 39
+
+
+def test_what_validation_chose_are_the_weights_of_that_step(tmp_path):
+    # Uphill from step 15: the best evaluation is the first.
+    turns = gj.student_alone().terms[0]._replace(weight=lambda step: jnp.where(step < 15, 1.0, -10.0))
+    fitted = run(tmp_path, objective=gj.Objective((turns,)))
+    held = [line["accuracy"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "validation"]
+    assert held[0] > max(held[1:])
+    assert (fitted.best_step, fitted.best_accuracy) == (15, held[0])
+    assert fitted.selected is fitted.best
+    split = load("digits", validation=100).validation
+    for network, accuracy in ((fitted.best, held[0]), (fitted.last, held[-1])):
+        said = (split.images.reshape(100, -1) / 255.0 @ np.asarray(network.params, np.float64)).argmax(-1)
+        assert (said == split.labels).mean() == pytest.approx(accuracy)
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    seen, original = [], fit.Checkpoints.save
+
+    def save(self, step, state, record):
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        last = max(line["step"] + (line["split"] == "train") for line in lines)
+        seen.append((step, len(lines) == record["lines"], last))
+        original(self, step, state, record)
+
+    monkeypatch.setattr(fit.Checkpoints, "save", save)
+    run(tmp_path)
+    assert seen == [(step, True, step) for step in (15, 27, 39)]
+
+
+def test_of_several_students_one_that_fails_ends_alone_and_the_last_one_ends_the_run(tmp_path):
+    objective = gj.gompertz_objective(6, wasserstein_weight=0.0, gradient_weight=0.0)
+
+    def dispatch(first, ends):
+        for name, end in ends.items():
+            steps = np.arange(first, first + 3)
+            failed = (end >= 0) & (steps >= end)
+            metrics = {
+                "step": np.where(failed, end, steps),
+                "loss": np.ones(3),
+                "accuracy": np.ones(3),
+                "failed_term": np.where(failed, 1, -1),
+                "failed_step": np.where(failed, end, -1),
+            }
+            yield fit.Told({"arm": name, "seed": 0}, objective, metrics)
+
+    logging, shown = tiny_config().logging, Progress("x", step=0, total=9, enabled=False)
+    with MetricsWriter(tmp_path, step=0) as writer:
+        reader = fit.MetricsReader(lambda metrics: metrics, 96, logging, fit.Clock(), {}, set(), writer, shown)
+        for first in (0, 3):
+            reader.take(list(dispatch(first, {"a": 1, "b": -1})))
+        reader.drain()
+        writer.commit()
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        steps = {name: [line["step"] for line in lines if line["arm"] == name] for name in "ab"}
+        assert steps == {"a": [0, 1], "b": [0, 1, 2, 3, 4, 5]}
+        reader.take(list(dispatch(6, {"a": 1, "b": 7})))
+        with pytest.raises(RunError, match="b/0: the term 'kd' was not finite at step 7"):
+            reader.drain()
+
+
+def test_a_plan_evaluates_every_so_many_epochs_and_at_the_end():
+    config = tiny_config(evaluate_every_epochs=2)
+    plan = fit.Plan.of(config.recipe, config, 1337)
+    assert [step for step in range(3, 40, 3) if plan.evaluates_at(step)] == [27, 39]
+
+
+def test_counts_and_seconds_go_on_after_a_stop(tmp_path):
+    def transport(record, *, epsilon):
+        x, y = record.student.features[0][..., 0], record.taught().features[0][..., ::-1, 0]
+        distance, health = gj.sinkhorn_distance(x, y, epsilon=epsilon, max_iterations=5, return_diagnostics=True)
+        return distance, {"converged": health.converged * 1.0, "marginal_error": health.marginal_error}
+
+    # At every other step the regularisation is too small for so few iterations.
+    epsilon = {"epsilon": lambda step: jnp.where(step % 2, 10.0, 1e-3)}
+    term = gj.Term("w", gj.constant_schedule(1.0), transport, epsilon)
+    objective = gj.Objective((*gj.student_alone().terms, term))
+    changes = {"recipe.epochs": 1, "steps_per_dispatch": 1}
+    with pytest.raises(Stopped):
+        run(tmp_path, objective=objective, teacher=linear_network(5), stop=StopAt(6), **changes)
+    before = json.loads((tmp_path / "checkpoints" / "6" / "record.json").read_text())
+    assert before["not_converged"] == {"w": 3}
+    whole = run(tmp_path, objective=objective, teacher=linear_network(5), **changes)
+    assert whole.not_converged == {"w": 7}
+    assert whole.seconds > before["timing"]["total_seconds"]

@@ -5,12 +5,13 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, small_config, tiny_config, train
 
-from gompertz_jax.training import loop
-from gompertz_jax.training.data import load
+from gompertz_jax.training import feed, fit, loop
+from gompertz_jax.training.data import Dataset, load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.writer import read_metrics
@@ -187,3 +188,47 @@ def test_mistakes_on_the_command_line_are_one_clear_line(tmp_path, arguments, me
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_result_says_of_each_network_what_it_does_on_the_test_images_read_once(tmp_path, monkeypatch):
+    config, data = small_config(), load("digits", validation=100)
+    seeds = (("student", 1), ("student", 2), ("teacher", 5))
+    last, best, taught = (loop.network_from(config[role].to_dict(), data, seed=seed) for role, seed in seeds)
+    reads, read = [], Dataset.test
+    monkeypatch.setattr(Dataset, "test", lambda self: reads.append(1) or read(self))
+    monkeypatch.setattr(loop, "obtain_teacher", lambda *_: loop.Teacher(taught, "it", 0.5, 1.0))
+    monkeypatch.setattr(feed, "PART", 100)  # the test images come in four parts
+
+    def fitted(*_, **__):
+        assert not reads
+        return fit.Fitted(last, best, 0.25, 27, 9.0, 5.0, {"kd": 3})
+
+    monkeypatch.setattr(loop, "fit", fitted)
+    result, test = loop.train_and_evaluate(config, tmp_path), read(data)
+    images = jnp.asarray(test.images / 255.0, jnp.float32)
+    a, b, t = (np.asarray(net.forward(images, train=False)[0].logits).argmax(-1) for net in (last, best, taught))
+    expected = {
+        "test_accuracy_last": (a == test.labels).mean(),
+        "test_accuracy_best": (b == test.labels).mean(),
+        "teacher_test_accuracy": (t == test.labels).mean(),
+        "test_agreement_last": (a == t).mean(),
+    }
+    assert len({*expected.values(), (b == t).mean()}) == 5  # or a mix-up would not be seen
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
+    assert reads == [1] and (result["best_validation_accuracy"], result["best_step"]) == (0.25, 27)
+    assert result["not_converged_steps"] == {"kd": 3}
+    jax.tree.map(np.testing.assert_array_equal, load_network(tmp_path).params, best.params)
+
+
+def test_the_teachers_own_recipe_smooths_its_own_labels(tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reached(*_, objective, **__):
+        (term,) = objective.terms
+        assert term.loss.keywords == {"label_smoothing": 0.3}
+        raise Reached
+
+    monkeypatch.setattr(loop, "fit", reached)
+    with pytest.raises(Reached):
+        loop.train_and_evaluate(small_config(**{"teacher.recipe.label_smoothing": 0.3}), tmp_path)

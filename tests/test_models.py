@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import SMALLEST
 from scipy import signal
 
 import gompertz_jax as gj
@@ -23,7 +24,8 @@ from gompertz_jax.models.layers import (
     mean_pool_3x3,
 )
 from gompertz_jax.models.mobilenet import InvertedResidual
-from gompertz_jax.models.resnet import BasicBlock
+from gompertz_jax.models.resnet import BasicBlock, Bottleneck
+from gompertz_jax.models.wrn import PreactivationBlock
 
 THIN = ["16@32", "16@32", "32@16", "64@8"]
 THIN_X4 = ["32@32", "64@32", "128@16", "256@8"]
@@ -79,7 +81,7 @@ def small(name="resnet8", classes=10, size=8, channels=1, seed=0, **options):
 
 
 def test_every_network_has_its_row():
-    assert set(gj.models.names()) == set(NETWORKS)
+    assert {*gj.models.names()} - {*SMALLEST} == {*NETWORKS}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -656,3 +658,41 @@ def test_offsets_that_do_not_fit_are_refused(name):
     for wrong in (zeros[-1][:1], zeros[-1][..., :1]):
         with pytest.raises(ValueError, match=r"an offset must have the shape of its map, .* got"):
             jax.eval_shape(lambda offsets: network.forward(images, train=False, offsets=offsets), (*zeros[:-1], wrong))
+
+
+def np_bottleneck(p, s, x, stride):
+    shortcut = np_conv_norm(x, p["shortcut"], s["shortcut"], False, stride) if "shortcut" in p else x
+    y = np.maximum(np_conv_norm(x, p["reduce"], s["reduce"], False), 0)
+    y = np.maximum(np_conv_norm(y, p["middle"], s["middle"], False, stride), 0)
+    return np.maximum(np_conv_norm(y, p["expand"], s["expand"], False) + shortcut, 0)
+
+
+def np_preactivation(p, s, x, stride):
+    activated = np.maximum(np_norm(x, p["first_norm"], s["first_norm"], False), 0)
+    shortcut = np_conv(activated, p["shortcut"]["kernel"], stride) if "shortcut" in p else x
+    y = np_conv(activated, p["first"]["kernel"], stride)
+    y = np.maximum(np_norm(y, p["second_norm"], s["second_norm"], False), 0)
+    return np_conv(y, p["second"]["kernel"]) + shortcut
+
+
+@pytest.mark.parametrize("widens", [True, False])
+@pytest.mark.parametrize(("block", "reference"), [(Bottleneck, np_bottleneck), (PreactivationBlock, np_preactivation)])
+def test_blocks_of_deep_networks_are_the_numpy_ones(block, reference, widens):
+    width, stride = (3, 2) if widens else (1, 1)
+    channels = {Bottleneck: 4, PreactivationBlock: 2 if widens else 1}[block]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        built = block(channels, width, stride=stride, draws=Draws(jnp.asarray(rng.normal(size=2000))))
+        graph, *kinds = nnx.split(built, nnx.Param, nnx.BatchStat)
+        params, stats = (
+            jax.tree.map(
+                lambda leaf: rng.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else np.asarray(leaf, np.float64),
+                nnx.to_pure_dict(kind),
+            )
+            for kind in kinds
+        )
+        assert ("shortcut" in params) == widens
+        x = rng.normal(size=(2, 5, 6, channels))
+        module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
+        got = jax.jit(lambda x: module(x, train=False))(jnp.asarray(x))
+        np.testing.assert_allclose(got, reference(params, stats, x, stride), rtol=1e-10, atol=1e-12)

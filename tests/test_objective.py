@@ -9,6 +9,8 @@ from helpers import record
 import gompertz_jax as gj
 from gompertz_jax import objective as room
 from gompertz_jax import terms
+from gompertz_jax.training.config import get_default
+from gompertz_jax.training.objectives import build_objective, sampled
 
 
 def test_evaluate_weights_each_term_and_logs_schedules_and_diagnostics():
@@ -130,3 +132,11 @@ def test_a_record_of_outputs_that_do_not_fit_is_refused():
     r = record()
     with pytest.raises(ValueError, match=r"student, for labels \(2,\), must have logits of floats .* B = 2, got "):
         record(labels=r.labels[:2])
+
+
+def test_the_objectives_defaults_are_those_of_the_configs():
+    ours = {term.name: term for term in gj.gompertz_objective(40).terms}
+    theirs = {term.name: term for term in build_objective(get_default(), 40).terms}
+    assert ours.keys() == theirs.keys()
+    for name, term in ours.items():
+        np.testing.assert_allclose(sampled(term.weight, 40), sampled(theirs[name].weight, 40), rtol=1e-6)

@@ -2,12 +2,13 @@
 
 import io
 import re
+import weakref
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from helpers import ROOT, small_config
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gompertz_jax.training import loop, own_data
 from gompertz_jax.training.data import load
@@ -203,9 +204,9 @@ def test_files_that_are_none_and_test_images_of_another_size(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"is one array; np\.savez"):
         load(f"arrays:{tmp_path / 'one.npy'}", validation=0)
-    data = load(write_arrays(tmp_path / "mine.npz", test_images=np.zeros((30, 8, 8, 3), np.uint8)), validation=0)
+    arrays = write_arrays(tmp_path / "mine.npz", test_images=np.zeros((30, 8, 8, 3), np.uint8))
     with pytest.raises(DataError, match="the split 'test' are 8x8x3, the others 12x10x3"):
-        data.test()
+        load(arrays, validation=0)
 
 
 def test_tfds_sets_that_are_not_there_or_have_no_classes(tmp_path):
@@ -224,3 +225,51 @@ def test_tfds_sets_that_are_not_there_or_have_no_classes(tmp_path):
 def test_names_that_are_none(name, message):
     with pytest.raises(DataError, match=message):
         load(name, validation=0)
+
+
+def test_photographs_are_turned_cropped_and_brought_to_their_size_one_by_one(tmp_path, monkeypatch):
+    striped = np.repeat(np.uint8([50, 150, 250]), 16)[None].repeat(16, 0)  # 16x48
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for part in ("train", "test"):
+        folder = tmp_path / part / "one" / "deeper"
+        folder.mkdir(parents=True)
+        for index in range(40):
+            Image.fromarray(striped).save(folder / f"a{index:02d}.png")
+        Image.fromarray(np.rot90(striped).copy()).save(folder / "b.png", exif=exif)
+        (folder / ".DS_Store").write_bytes(b"a Mac's")
+    name, pictures, alive, turn = f"folder:{tmp_path}", [], [], ImageOps.exif_transpose
+
+    def counted(file):
+        picture = turn(file)
+        pictures.append(weakref.ref(picture))
+        alive.append(sum(reference() is not None for reference in pictures))
+        return picture
+
+    monkeypatch.setattr(own_data.ImageOps, "exif_transpose", counted)
+    images = load(name, validation=0, image_size=16).train.images[..., 0]
+    assert len(images) == 41 and len(alive) == 2 * 41 and max(alive) < 41  # not more than there are threads
+    np.testing.assert_array_equal(images[:, :, 2:-2], 150)  # the middle, upright
+    np.testing.assert_array_equal(load(name, validation=0).train.images[..., 0], [striped] * 41)
+
+
+@pytest.mark.parametrize("form", ["folder", "arrays"])
+def test_what_is_wrong_with_test_images_is_said_before_a_run(form, tmp_path):
+    if form == "folder":
+        name = write_folder(tmp_path)
+        (tmp_path / "test" / "ash" / "torn.png").write_bytes(b"no picture")
+        message = "torn.png .not an image that Pillow knows"
+    else:
+        name = write_arrays(tmp_path / "mine.npz", test_images=split("test")[0] / 255.0)
+        message = "test_images is float64"
+    with pytest.raises(DataError, match=message):
+        load(name, validation=0)
+
+
+def test_arrays_of_grey_images_without_names_of_classes(tmp_path):
+    grey = np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5)
+    labels = {"train_labels": [0, 2, 1, 0], "test_labels": [1, 1]}
+    np.savez(tmp_path / "mine.npz", train_images=grey, test_images=grey[:2], **labels)
+    data = load(f"arrays:{tmp_path / 'mine.npz'}", validation=0)
+    assert data.train.images.shape == (4, 6, 5, 1) and data.class_names == ("0", "1", "2")
+    np.testing.assert_array_equal(data.test().images[..., 0], grey[:2])

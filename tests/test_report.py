@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
+from scipy import stats
 
 from gompertz_jax import report
 
@@ -68,3 +71,23 @@ def test_pulls_are_ratios_of_weighted_gradients_averaged_over_seeds():
 def test_nothing_measured_gives_no_pulls():
     lines = [{"step": 0, "split": "train", "arm": "a", "seed": 0, "ce/weight": 1.0}]
     assert report.pulls({"a": ["ce"]}, lines) == {}
+
+
+def test_a_comparison_is_tested_as_by_scipy_and_corrected_by_holm():
+    rng = np.random.default_rng(0)
+    shifts = {"matched": 0.0, "a": 0.02, "b": 0.05, "c": 0.0}
+    columns = {name: rng.normal(0.9 + shift, 0.02, 6) for name, shift in shifts.items()}
+    arms = {
+        n: {"students": [{"test_accuracy_last": float(value)} for value in column]} for n, column in columns.items()
+    }
+    found = report.compared({"arms": arms}, "matched")["last"]
+    tests = {n: stats.ttest_rel(column, columns["matched"]) for n, column in columns.items() if n != "matched"}
+    largest = 0.0
+    for rank, name in enumerate(sorted(tests, key=lambda name: tests[name].pvalue)):
+        largest = max(largest, min(1.0, (3 - rank) * tests[name].pvalue))
+        assert found[name]["difference"]["p"] == pytest.approx(tests[name].pvalue)
+        assert found[name]["difference"]["p_holm"] == pytest.approx(largest)
+    low, high = tests["a"].confidence_interval(0.95)
+    row = next(row for row in report.comparison_rows({"last": found}, "last") if row[0] == "a")
+    mean = (columns["a"] - columns["matched"]).mean()
+    assert row[3:5] == (f"{100 * mean:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}")

@@ -310,3 +310,9 @@ def test_two_processes_train_stop_and_resume_together_as_one(stopped, changes, t
         networks = [jax.tree.leaves(load_network(tmp_path / name / part).params) for name in ("one", "two")]
         weights = [np.concatenate([np.asarray(leaf).ravel() for leaf in leaves]) for leaves in networks]
         assert distance(*weights) < 1e-4
+
+
+def test_a_frozen_teacher_of_loops_is_stored_on_eight_devices_as_it_speaks_on_one(eight):
+    found = np.load(eight / "stored.npz")
+    assert found["loops"] == 1 and found["found"].shape == (1338, 10)
+    np.testing.assert_allclose(found["found"], found["plain"], rtol=1e-4, atol=1e-5)

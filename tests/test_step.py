@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 import gompertz_jax as gj
 from gompertz_jax import terms
@@ -547,6 +548,19 @@ def test_moving_average_is_the_exponential_one_and_is_what_is_evaluated():
     assert not np.allclose(state.evaluated()[0]["w"], state.params["w"])
 
 
+def test_the_moving_average_reaches_its_decay_and_has_the_statistics_too():
+    state, _, step = setup(gj.student_alone(), average_decay=0.2)
+    w, passes = np.asarray(state.params["w"], np.float64), 0.0
+    for n in range(4):
+        state, _ = step(state, None, batch(n))
+        decay = min(0.2, (2 + n) / (11 + n))  # .18, then .2
+        w = decay * w + (1 - decay) * np.asarray(state.params["w"], np.float64)
+        passes = decay * passes + (1 - decay) * (n + 1)
+    params, stats = state.evaluated()
+    np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(stats["passes"], passes, rtol=1e-6)
+
+
 def test_a_moving_average_takes_counters_and_keys_among_the_statistics_as_they_are():
     def apply(params, stats, images, *, train, key=None):
         key, _ = jax.random.split(stats["key"])
@@ -617,9 +631,52 @@ def test_projections_learn_and_teacher_is_unchanged():
     state, metrics = step(state, teacher, batch())
     assert np.abs(np.asarray(state.projections["last"]["kernel"]) - kernel).max() > 1e-6
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, teacher.params), taught)
-    agreement = (linear_apply(teacher.params, {}, batch()["image"], train=False)[0].logits).argmax(-1)
-    assert 0.0 <= metrics["agreement"][0] <= 1.0
-    assert agreement.shape == (6,)
+    said = [linear_apply(n.params, {}, batch()["image"], train=False)[0] for n in (linear_network(1), teacher)]
+    ours, theirs = (outputs.logits.argmax(-1) for outputs in said)
+    assert metrics["agreement"][0] == pytest.approx((ours == theirs).mean())
+
+
+def test_norms_and_cosines_of_gradients_are_those_of_softmax_regression():
+    objective = gj.Objective(gj.gompertz_objective(9, wasserstein_weight=0.0, gradient_weight=0.0).terms)
+    state, teacher, _ = setup(objective)
+    images = batch()
+    found = gj.make_gradient_report(linear_network(1), objective)(state, teacher, images)
+    x, labels = np.asarray(images["image"], np.float64).reshape(6, -1), np.asarray(images["label"])
+    z, t = (x @ np.asarray(p["w"], np.float64) + np.asarray(p["b"]) for p in (state.params, teacher.params))
+    softmax = partial(scipy.special.softmax, axis=-1)
+    errors = softmax(z) - np.eye(CLASSES)[labels], 4.0 * (softmax(z / 4) - softmax(t / 4))
+    ce, kd = (np.concatenate([(x.T @ error).ravel(), error.sum(0)]) / 6 for error in errors)
+    norms = np.linalg.norm(ce), np.linalg.norm(kd)
+    expected = {
+        "ce/gradient_norm": norms[0],
+        "kd/gradient_norm": norms[1],
+        "ce/gradient_cosine": 1.0,
+        "kd/gradient_cosine": ce @ kd / (norms[0] * norms[1]),
+    }
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_networks_random_key_is_of_the_seed_and_the_step():
+    def noisy(params, stats, images, *, train, key=None):
+        outputs, stats = linear_apply(params, stats, images, train=train)
+        noise = jax.random.normal(key, outputs.logits.shape) if train else 0.0
+        return outputs._replace(logits=outputs.logits + noise), stats
+
+    def losses(seed):
+        student = linear_network(1).replace(apply=noisy)
+        state = gj.init_state(student, optax.sgd(0.0), gj.student_alone(), SHAPE)
+        step = gj.make_train_step(student, optax.sgd(0.0), gj.student_alone(), seed=seed, steps_per_dispatch=4)
+        return step(state, None, batch())[1]["loss"].tolist()
+
+    first, again, other = (losses(seed) for seed in (0, 0, 1))
+    assert first == again and len({*first, *other}) == 8
+
+
+def test_a_negative_weight_is_not_under_the_cutoff():
+    ce, kd = gj.gompertz_objective(9, wasserstein_weight=0.0, gradient_weight=0.0).terms
+    objective = gj.Objective((ce, kd._replace(weight=gj.constant_schedule(-1.0))))
+    state, teacher, step = setup(objective, skip_below=0.1)
+    assert np.isfinite(step(state, teacher, batch())[1]["kd/raw"]).all()
 
 
 def test_gradient_report_measures_each_raw_term():

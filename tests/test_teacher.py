@@ -14,21 +14,21 @@ from gompertz_jax.training.sharding import data_mesh
 SPEC = {"model": "resnet8", "options": {}, "dtype": "float32"}
 
 
-def dataset(validation=True):
+def dataset(validation=True, classes=4):
     """Images whose brightness is their class."""
-    labels = np.arange(200, dtype=np.int32) % 4
+    labels = np.arange(200, dtype=np.int32) % classes
     images = np.broadcast_to((labels * 60).astype(np.uint8)[:, None, None, None], (200, 8, 8, 1)).copy()
     split = Split(images, labels)
     held_out = split if validation else None
-    return Dataset("bright", 4, split, held_out, (0.35,), (0.26,), ("a", "b", "c", "d"), lambda: split)
+    return Dataset("bright", classes, split, held_out, (0.35,), (0.26,), tuple("abcd"[:classes]), lambda: split)
 
 
-def brightness(weight=20.0):
+def brightness(weight=20.0, classes=4):
     """A perfect teacher of that data, without a normalisation."""
 
     def apply(params, stats, images, *, train, key=None):
         level = images.mean((1, 2, 3))[:, None]
-        centres = jnp.arange(4) * 60 / 255
+        centres = jnp.arange(classes) * 60 / 255
         return gj.Outputs(-params["weight"] * (level - centres) ** 2, (images,), images.mean((1, 2))), stats
 
     return gj.Network(apply, {"weight": jnp.float32(weight)}, {}, 0.0, 1.0)
@@ -119,3 +119,11 @@ def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
 def test_options_that_a_model_does_not_take_are_refused_by_name():
     with pytest.raises(RunError, match="width"):
         room.network_from({**SPEC, "options": {"width": 2.0}}, dataset(), seed=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_good_teacher_of_few_classes_passes_and_guessing_does_not(classes):
+    few = dataset(classes=classes)
+    assert room.gate(brightness(classes=classes), few, floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+    with pytest.raises(RunError, match="its weights are untrained"):
+        room.gate(brightness(0.0, classes), few, floor=0.0, origin="here", mesh=data_mesh())

@@ -247,3 +247,43 @@ def test_transport_takes_other_costs_soft_marginals_and_classes():
         assert cloud == "class" or np.all(np.asarray(strict) > 5)
     with pytest.raises(ValueError, match="cloud='class' takes neither debiased nor marginal_penalty"):
         terms.wasserstein(r, cloud="class", debiased=True)
+
+
+def test_labels_are_smoothed_by_the_term_and_by_both_objectives():
+    r = record()
+    log_p = log_softmax(np.asarray(r.student.logits, np.float64), -1)
+    expected = -((0.7 * np.eye(5)[np.asarray(r.labels)] + 0.3 / 5) * log_p).sum(-1)
+    for objective in (gj.student_alone(label_smoothing=0.3), gj.gompertz_objective(9, label_smoothing=0.3)):
+        np.testing.assert_allclose(objective.terms[0].loss(r), expected, rtol=1e-5)
+
+
+def test_every_option_reaches_its_loss():
+    r, last = views_record(), record()
+    views = {
+        f"{side}_views": getattr(r, f"{side}_views") | getattr(last, f"{side}_views") for side in ("student", "teacher")
+    }
+    r = dataclasses.replace(r, labels=jnp.array([0, 1, 1]), **views)
+    several = (terms.multi_temperature, terms.batch_correlation, terms.class_correlation)
+    correlations = (terms.interclass_correlation, terms.intraclass_correlation)
+    options = [
+        (terms.cross_entropy, {"label_smoothing": 0.3}),
+        *((term, {"temperatures": (1.5,)}) for term in several),
+        *((term, {"temperature": 2.0}) for term in correlations),
+        *((term, {"standardize": True}) for term in (*several, *correlations)),
+        (terms.correlation_congruence, {"gamma": 1.0}),
+        (terms.correlation_congruence, {"order": 3}),
+        (terms.contrastive_representation, {"temperature": 0.3}),
+        (terms.wasserstein, {"debiased": True}),
+        (terms.wasserstein, {"epsilon": 0.5}),
+        (terms.wasserstein_features, {"mean_weight": 1.0}),
+        (terms.wasserstein_features, {"grid": 2}),
+        (terms.wasserstein_logits, {"temperature": 2.0}),
+        (terms.wasserstein_logits, {"epsilon": 0.5}),
+    ]
+
+    def mean(value):
+        return (value[0] if isinstance(value, tuple) else value).mean()
+
+    values = jax.jit(lambda: [(mean(term(r)), mean(term(r, **option))) for term, option in options])()
+    for (term, option), (usual, other) in zip(options, values, strict=True):
+        assert abs(other - usual) > 1e-3 * abs(usual), (term.__name__, option)

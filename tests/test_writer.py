@@ -1,13 +1,16 @@
 """What a run writes: whole JSON, metrics that can be cut and continued, progress for terminals and for logs."""
 
+import errno
 import json
 import re
+import struct
 
 import numpy as np
 import pytest
 
 from gompertz_jax.training import writer
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.writer import read_metrics
 
 
 def train(step, **values):
@@ -86,28 +89,46 @@ def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "64 images/s, loss 2.000, accuracy 50.0%" in err
 
 
-def test_tensorboard_events_follow_where_the_extra_is_installed(tmp_path, monkeypatch):
-    written = []
+def test_tensorboard_events_follow_where_the_extra_is_installed(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra [tensorboard] is not installed")
+    from tensorboardX.proto.event_pb2 import Event
 
-    class Events:
-        def __init__(self, logdir, **options):
-            written.append((logdir, options["purge_step"]))
+    for step in (3, 2):  # a second start, from an earlier step, within the same second
+        with writer.MetricsWriter(tmp_path, step=step) as metrics:
+            metrics.write(train(step, loss=0.5, kd=None, timing={"images_per_second": 10.0}))
+    files = sorted((tmp_path / "events").iterdir())
+    assert len(files) == 2
+    for path, step in zip(files, (3, 2), strict=True):
+        events = [Event.FromString(record) for record in records(path)]
+        assert [event.file_version for event in events[:1]] == ["brain.Event:2"]
+        assert (events[1].step, events[1].session_log.status) == (step + 1, 1)  # START: hides what is past the step
+        (line,) = events[2:]
+        assert line.step == step
+        assert [(value.tag, value.simple_value) for value in line.summary.value] == [
+            ("train/loss", 0.5),
+            ("train/timing/images_per_second", 10.0),
+        ]
 
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
 
-        def flush(self):
-            pass
+def records(path):
+    """The records of a TFRecord file: length, its checksum, the bytes, theirs."""
+    raw, at = path.read_bytes(), 0
+    while at < len(raw):
+        (length,) = struct.unpack("<Q", raw[at : at + 8])
+        yield raw[at + 12 : at + 12 + length]
+        at += 16 + length
 
-        def close(self):
-            written.append("closed")
 
-    monkeypatch.setattr(writer, "SummaryWriter", Events)
-    with writer.MetricsWriter(tmp_path, step=3) as metrics:
-        metrics.write(train(3, loss=0.5, kd=None, timing={"images_per_second": 10.0}))
-    assert written == [
-        (str(tmp_path / "events"), 4),
-        ("train/loss", 0.5, 3),
-        ("train/timing/images_per_second", 10.0, 3),
-        "closed",
-    ]
+def test_a_disk_that_is_full_for_events_alone_ends_the_run_in_words(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX", reason="the extra [tensorboard] is not installed")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(RunError, match=r"events cannot be written \(No space left on device\); make room"),
+        writer.MetricsWriter(tmp_path, step=0) as metrics,
+    ):
+        monkeypatch.setattr(metrics._events._file, "write_event", full)
+        metrics.write(train(0, loss=0.5))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

@@ -6,7 +6,7 @@ before it runs, and cropped and mirrored inside the step by the same numbers. Ba
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,10 +18,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..data_parallel import AXIS, COPIED
 from .augment import batch_indices, make_batch
 from .config import Config
-from .data import Dataset
+from .data import Dataset, Split
 from .sharding import replicate
 
 Held = tuple[jax.Array, jax.Array]
+
+PART = 10_000  # test images that are on the device at a time
+
+
+def in_parts(split: Split, mesh: Mesh) -> Iterator[Held]:
+    """Images and labels on every device, one part after another: a split may be larger than a device's memory."""
+    for start in range(0, len(split.labels), PART):
+        yield replicate((split.images[start : start + PART], split.labels[start : start + PART]), mesh)
 
 
 class Supply(NamedTuple):

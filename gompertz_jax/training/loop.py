@@ -23,11 +23,11 @@ from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, of_config
 from .errors import RunError
-from .feed import Images, device_room
+from .feed import Images, device_room, in_parts
 from .fit import Fitted, Plan, fit
 from .intact import set_aside
 from .objectives import build_objective
-from .sharding import check_batch, data_mesh, on_main, replicate, say, together
+from .sharding import check_batch, data_mesh, on_main, say, together
 from .stop import Stop
 from .teacher import (
     gate,
@@ -230,11 +230,12 @@ def order_seed(config: Config) -> int:
 def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, mesh: Mesh) -> dict[str, float | None]:
     """Read the test images and evaluate both networks on them: the one place where a run does."""
     test = together(dataset.test)
-    images, labels = replicate((test.images, test.labels), mesh)
     evaluate = make_eval_step(mesh=mesh)
 
     def classes(network: Network | None) -> np.ndarray | None:
-        return None if network is None else np.asarray(evaluate(network, images, labels).classes)
+        if network is None:
+            return None
+        return np.concatenate([np.asarray(evaluate(network, *part).classes) for part in in_parts(test, mesh)])
 
     def agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
         return None if a is None or b is None else float(np.mean(a == b))

@@ -1,8 +1,9 @@
 """Images of one's own: a folder of them, NumPy arrays in a file, or any TFDS data set of images with labels."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def read(
     like: tuple[int, ...] | None = None,
 ) -> tuple[Split, tuple[str, ...]]:
     """Read all images of a split into memory.
+
+    Reading "train" reads "test" too, and drops it: what is wrong with it is said before a run, not after.
 
     - `folder:PATH`: `PATH/train/CLASS/*` and `PATH/test/CLASS/*`; classes are the names of the folders, sorted, and the
       order of the images is that of their sorted names. Whatever Pillow opens; turned as EXIF says; grey if all are.
@@ -71,6 +74,8 @@ def read(
             f"{name}: images of the split {split!r} are {_shape(found.images.shape[1:])}, the others {_shape(like)}; "
             "data.image_size brings them to one size"
         )
+    if split == "train":
+        read(name, "test", data_dir=data_dir, image_size=image_size, like=found.images.shape[1:])
     return found, names
 
 
@@ -93,20 +98,30 @@ def _folder(place: str, split: str, *, image_size: int, grey: bool | None) -> tu
         files = sorted(path for path in (folders[split] / name).rglob("*") if path.is_file() and path.name[0] != ".")
         paths += files
         labels += [label] * len(files)
-    with ThreadPoolExecutor() as threads:  # Pillow decodes outside of Python's lock
-        opened = list(threads.map(_opened, paths))
-    if broken := [f"{path} ({found})" for path, found in zip(paths, opened, strict=True) if isinstance(found, str)]:
+    # Pillow decodes outside of Python's lock. A picture is brought to its size as soon as it is decoded: a folder of
+    # photographs would not fit into memory as they are.
+    with ThreadPoolExecutor() as threads:
+        if grey is None:
+            grey = all(threads.map(_is_grey, paths))
+        arrays = list(threads.map(partial(_decoded, mode="L" if grey else "RGB", side=image_size), paths))
+    if broken := [f"{path} ({found})" for path, found in zip(paths, arrays, strict=True) if isinstance(found, str)]:
         more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
         raise DataError(f"folder:{place}: cannot be read: {'; '.join(broken[:LISTED])}{more}; repair or remove them")
-    pictures = [picture for picture in opened if not isinstance(picture, str)]
-    if grey is None:
-        grey = all(picture.mode in _GREY for picture in pictures)
-    images = _stacked((picture.convert("L" if grey else "RGB") for picture in pictures), paths, image_size, place)
+    images = _stacked([array for array in arrays if not isinstance(array, str)], paths, place)
     return Split(images, np.array(labels, np.int32)), names
 
 
-def _opened(path: Path) -> Image.Image | str:
-    """A decoded picture, or what is wrong with the file."""
+def _is_grey(path: Path) -> bool:
+    """Whether the file's head says so; of one that cannot be read, True, which decides nothing."""
+    try:
+        with Image.open(path) as file:
+            return file.mode in _GREY
+    except Exception:
+        return True
+
+
+def _decoded(path: Path, *, mode: str, side: int) -> np.ndarray | str:
+    """A picture, or what is wrong with the file."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -117,11 +132,10 @@ def _opened(path: Path) -> Image.Image | str:
         return " ".join(str(error).split())
     if picture.mode not in _GREY | _COLOUR:
         return f"of mode {picture.mode}, which is not 8 bits a channel"
-    return picture
+    return _sized(picture.convert(mode), side)
 
 
-def _stacked(pictures: Iterator[Image.Image], names: Sequence[Any], image_size: int, place: str) -> np.ndarray:
-    arrays = [np.asarray(_sized(picture, image_size), np.uint8) for picture in pictures]
+def _stacked(arrays: Sequence[np.ndarray], names: Sequence[Any], place: str) -> np.ndarray:
     sizes = [array.shape[:2] for array in arrays]
     if len(set(sizes)) > 1:
         odd = next(index for index, size in enumerate(sizes) if size != sizes[0])
@@ -148,11 +162,13 @@ def resized(images: np.ndarray, side: int, place: str) -> np.ndarray:
     if images.shape[-1] not in (1, 3):
         raise DataError(f"{place}: images of {images.shape[-1]} channels cannot be resized; set data.image_size = 0")
     squeezed = images[..., 0] if images.shape[-1] == 1 else images
-    return _stacked(map(Image.fromarray, squeezed), range(len(images)), side, place)
+    return _stacked([_sized(Image.fromarray(image), side) for image in squeezed], range(len(images)), place)
 
 
-def _sized(picture: Image.Image, side: int) -> Image.Image:
-    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) if side else picture
+def _sized(picture: Image.Image, side: int) -> np.ndarray:
+    if side:
+        picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    return np.asarray(picture, np.uint8)
 
 
 def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[str, ...]]:
@@ -224,7 +240,8 @@ def _tfds(
         raise DataError(f"tfds:{place}: {' '.join(str(error).split())[:400]}") from error
     labels = np.array([example["label"] for example in examples], np.int32)
     pictures = (Image.fromarray(np.squeeze(np.asarray(example["image"], np.uint8))) for example in examples)
-    return Split(_stacked(pictures, range(len(examples)), image_size, place), labels), names
+    images = [_sized(picture, image_size) for picture in pictures]
+    return Split(_stacked(images, range(len(images)), place), labels), names
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ With several processes, the metrics and the progress of all but the first are si
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -17,11 +18,6 @@ from tqdm import tqdm
 
 from .errors import RunError
 from .sharding import is_main
-
-try:
-    from tensorboardX import SummaryWriter
-except ImportError:  # the extra [tensorboard] is not installed
-    SummaryWriter = None
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -114,8 +110,8 @@ class MetricsWriter:
         self.lines = len(kept)
         with writing(path):
             self._file = path.open("a")
-        if SummaryWriter is not None:
-            self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1, max_queue=1000)
+        if importlib.util.find_spec("tensorboardX") is not None:  # the extra [tensorboard]
+            self._events = _Events(workdir / "events", step=step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line with its `step` and `split`. What is not finite becomes null, so that every line is JSON."""
@@ -126,8 +122,7 @@ class MetricsWriter:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self.lines += 1
         if self._events is not None:
-            for name, value in _scalars(line):
-                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+            self._events.write(line)
 
     def commit(self) -> None:
         """Return once everything written so far is on disk. Comes before a checkpoint of the same step."""
@@ -143,17 +138,53 @@ class MetricsWriter:
         try:
             self.commit()
         finally:
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # said by `commit`
-                    self._file.close()
-            if self._events is not None:
-                self._events.close()
+            for file in (self._file, self._events):
+                if file is not None:
+                    with contextlib.suppress(OSError):  # said by `commit`
+                        file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Events:
+    """TensorBoard's events of the lines of `metrics.jsonl`, in a file for each start; those past `step` are hidden.
+
+    They are written by the caller's thread. That of tensorboardX's SummaryWriter dies silently of a full disk, and its
+    queue then fills up until the run hangs.
+    """
+
+    def __init__(self, directory: Path, *, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._path = directory
+        self._proto: Any = event_pb2
+        self._summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue] made at run time
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # Two starts within a second must not share a file.
+            self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._file.write_event(self._proto.Event(step=step + 1, session_log=start))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        scalars = [
+            self._summary.Value(tag=f"{line['split']}/{name}", simple_value=value) for name, value in _scalars(line)
+        ]
+        event = self._proto.Event(wall_time=time.time(), step=line["step"], summary=self._summary(value=scalars))
+        with writing(self._path):
+            self._file.write_event(event)
+
+    def flush(self) -> None:
+        with writing(self._path):
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Progress:
