@@ -23,8 +23,9 @@ import gompertz_jax as gj
 from gompertz_jax.training.compilation import keep_compiled
 from gompertz_jax.training.config import get_default
 from gompertz_jax.training.data import Dataset
+from gompertz_jax.training.drive import Plan
 from gompertz_jax.training.feed import Feed, Images
-from gompertz_jax.training.fit import Plan, fit
+from gompertz_jax.training.fit import fit
 from gompertz_jax.training.images import Split
 from gompertz_jax.training.objectives import build_objective
 from gompertz_jax.training.optim import learning_rate, make_optimizer

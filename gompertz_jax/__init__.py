@@ -69,8 +69,8 @@ from .schedules import logistic_schedule as logistic_schedule
 from .schedules import matched_constant as matched_constant
 from .schedules import mean_weight as mean_weight
 from .schedules import reversed_schedule as reversed_schedule
-from .step import TrainState as TrainState
-from .step import init_state as init_state
+from .state import TrainState as TrainState
+from .state import init_state as init_state
 from .step import make_eval_step as make_eval_step
 from .step import make_gradient_report as make_gradient_report
 from .step import make_train_step as make_train_step

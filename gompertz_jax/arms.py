@@ -1,11 +1,17 @@
-"""The arms of a comparison as data: named changes of a config's objective.
+"""The arms of a comparison: named changes of a config's objective, as data, and the config that each makes.
 
 An arm keeps some of the config's distillation terms and changes the curve that stands over them. `{curve}` is the
 config's own. A new arm is one more entry of `ARMS`; an arm that is more than that is a config of its own.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from .training.config import Config
+from .training.errors import RunError
+
+STUDENT = "student"  # the arm without a teacher, which every comparison has
 
 SCORES = frozenset(
     {
@@ -70,3 +76,58 @@ ARMS: Mapping[str, Arm] = {
     "full": Arm("all terms under the curve", None),
     **{f"full_{name}": Arm(f"all terms {about}", None, curve) for name, (about, curve) in _CURVES.items()},
 }
+
+
+def arm(config: Config, name: str) -> Config:
+    """The config with the objective of an arm of `ARMS`.
+
+    Raises:
+      RunError: there is no such arm, or the config's objective has not what it needs.
+    """
+    if name not in ARMS:
+        raise RunError(
+            f"the arm {name!r} is unknown; there are {', '.join(ARMS)}, and NAME=FILE, of a config of its own"
+        )
+    return _changed(config, name, ARMS[name])
+
+
+def about(config: Config, name: str, of_arm: Config) -> str:
+    """What an arm is, in words; a config of its own may have the name of a known arm and be another thing."""
+    with contextlib.suppress(RunError):
+        if arm(config, name).objective == of_arm.objective:
+            return ARMS[name].about
+    return "an objective of its own"
+
+
+def with_student(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:
+    """The arms and, first, the student alone, if it is not among them."""
+    return dict(arms) if STUDENT in arms else {STUDENT: arm(config, STUDENT), **arms}
+
+
+def _changed(config: Config, name: str, change: Arm) -> Config:
+    changed = config.copy_and_resolve_references()
+    objective, own = changed.objective, config.objective.curve
+    terms = objective.terms
+    for key in list(terms):
+        loss = terms[key].loss
+        if loss == "cross_entropy":
+            if change.cross_entropy:
+                terms[key].weight = change.cross_entropy
+        elif change.keeps is not None and loss not in change.keeps:
+            del terms[key]
+        elif loss in SCORES and change.scores:
+            terms[key].weight = change.scores
+    kept = {spec.loss for spec in terms.values()}
+    for family, what in ((SCORES, "class scores"), (TRANSPORT, "transport"), (GRADIENTS, "gradients")):
+        if change.keeps is not None and family & change.keeps and not family & kept:
+            raise RunError(f"the arm {name!r} keeps terms of {what}, and the config's objective has none")
+    scores = [key for key, spec in config.objective.terms.items() if spec.loss in SCORES and spec.get("weight") != "0"]
+    if change.scores and len(scores) > 1:
+        raise RunError(
+            f"the arm {name!r} shares one weight between the cross-entropy and one term on class scores, and there are "
+            f"{len(scores)}: {', '.join(scores)}; leave the arm out, or give it a config of its own"
+        )
+    if name.split("_")[-1] == "gompertz" and "gompertz" not in own:
+        raise RunError(f"the arm {name!r} is one under objective.curve = {own!r}, which is no Gompertz curve")
+    objective.curve = change.curve.format(curve=own)
+    return changed

@@ -163,7 +163,7 @@ def _add_trials(parser: Any, *, arms: str, seeds: int) -> None:
 
 def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
     """The config and the arms that were named, for `compare` and `tune`."""
-    from . import compare
+    from .arms import arm
 
     config, arms = _config(parsed.config, parsed.overrides), {}
     for text in filter(None, (text.strip() for text in parsed.arms.split(","))):
@@ -171,7 +171,7 @@ def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
         if name in arms:
             raise ValueError(f"--arms: {name} is there twice")
         if not own:
-            arms[name] = compare.arm(config, name)
+            arms[name] = arm(config, name)
             continue
         arms[name] = config.copy_and_resolve_references()
         with arms[name].unlocked():

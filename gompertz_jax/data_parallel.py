@@ -81,3 +81,8 @@ def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., A
         return run
 
     return mapped
+
+
+def copied(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of what every device has; None where there is one device."""
+    return None if mesh is None else NamedSharding(mesh, COPIED)

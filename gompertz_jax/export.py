@@ -24,10 +24,11 @@ from .step import as_unit_interval, make_eval_step
 from .training.checkpoint import read_state, saved_steps
 from .training.data import Dataset, of_config
 from .training.errors import RunError
+from .training.files import read_json, write_json
 from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
 from .training.workdir import CONFIG, provenance, with_defaults
-from .training.writer import METRICS, read_json, read_metrics, write_json
+from .training.writer import METRICS, read_metrics
 
 FORMATS = {
     "stablehlo": "student.stablehlo",

@@ -184,3 +184,9 @@ class Network:
     def replace(self, **changes: Any) -> "Network":
         """The network with other arrays, for instance `network.replace(params=new_params)`."""
         return Network(**{**vars(self), **changes})
+
+
+def output_shapes(network: Network, image_shape: tuple[int, ...], *, batch_size: int = 1) -> Outputs:
+    """Shapes and dtypes of a network's outputs, without computing or compiling anything."""
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda network, images: network.forward(images, train=False)[0], network, images)

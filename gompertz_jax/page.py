@@ -9,7 +9,8 @@ from typing import Any
 
 from . import report
 from .training.errors import RunError
-from .training.writer import METRICS, read_json, read_metrics, replace_text
+from .training.files import read_json, replace_text
+from .training.writer import METRICS, read_metrics
 
 STYLE = """
 :root { color-scheme: light dark; }

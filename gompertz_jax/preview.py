@@ -9,14 +9,12 @@ import numpy as np
 
 from . import report
 from .schedules import ByProgress
-from .training.config import Config, check
+from .training.check_config import PREVIEWED, check_config
+from .training.config import Config
 from .training.data import IMAGES
 from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
 from .training.optim import rate_by_step
 
-# Schedules are functions of the fraction of training: the steps only say how finely they are read. `check` takes as
-# many, so that what is compiled for it serves here too.
-STEPS = 1000
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
 # What brings a curve to its asymptote at once.
 OVER = {
@@ -91,16 +89,16 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
     Raises:
       RunError: a value or a schedule of the config that a run would refuse.
     """
-    check(config)
-    rate = rate_by_step(config.recipe, STEPS)
-    rates = np.asarray(rate(np.arange(STEPS)))
+    check_config(config)
+    rate = rate_by_step(config.recipe, PREVIEWED)
+    rates = np.asarray(rate(np.arange(PREVIEWED)))
     schedules: dict[str, Any] = {
-        "curve": parse_schedule(config.objective.curve, STEPS, rate=rate, where="objective.curve")
+        "curve": parse_schedule(config.objective.curve, PREVIEWED, rate=rate, where="objective.curve")
     }
-    for term in build_objective(config, STEPS).terms:
+    for term in build_objective(config, PREVIEWED).terms:
         schedules[term.name] = term.weight
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
-    values = {name: sampled(schedule, STEPS) for name, schedule in schedules.items()}
+    values = {name: sampled(schedule, PREVIEWED) for name, schedule in schedules.items()}
     readings = {name: read(value, rates) for name, value in values.items()}
     warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs, rate))
     if control is not None:
@@ -148,8 +146,8 @@ def _asymptote(text: str, rate: Any) -> float:
             finish(inner)
 
     finish(tree)
-    endless = parse_schedule(ast.unparse(tree), STEPS, rate=rate, where="objective.curve")
-    return float(sampled(endless, STEPS).max())
+    endless = parse_schedule(ast.unparse(tree), PREVIEWED, rate=rate, where="objective.curve")
+    return float(sampled(endless, PREVIEWED).max())
 
 
 def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:

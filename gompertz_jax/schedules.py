@@ -6,6 +6,7 @@ to the parameters of the curve. Parameters that are known before tracing are kep
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -431,19 +432,26 @@ def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -
     return value
 
 
-@checked
 def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
     """The product of two schedules, which reads the progress if either does."""
-    if isinstance(first, ByProgress) or isinstance(second, ByProgress):
-        return ByProgress(lambda progress, step: value_at(first, step, progress) * value_at(second, step, progress))
-    return lambda step: value_at(first, step) * value_at(second, step)
+    return _combined(operator.mul, first, second)
 
 
 def total(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
     """The sum of two schedules, which reads the progress if either does."""
+    return _combined(operator.add, first, second)
+
+
+@checked
+def _combined(
+    operation: Callable[[Any, Any], Any], first: Schedule | ByProgress, second: Schedule | ByProgress
+) -> Schedule | ByProgress:
+    def both(progress: Scalar | None, step: Scalar) -> Any:
+        return operation(value_at(first, step, progress), value_at(second, step, progress))
+
     if isinstance(first, ByProgress) or isinstance(second, ByProgress):
-        return ByProgress(lambda progress, step: value_at(first, step, progress) + value_at(second, step, progress))
-    return lambda step: first(step) + second(step)
+        return ByProgress(both)
+    return lambda step: both(None, step)
 
 
 @checked

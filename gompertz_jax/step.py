@@ -13,122 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ._checks import check_leaves, checked, compiled, finite_number, fraction_from_zero, positive_count, shown
-from .data_parallel import COPIED, check_mesh, per_image, spread_batch, whole_batch
+from ._checks import checked, compiled, finite_number, fraction_from_zero, positive_count, shown
+from .data_parallel import check_mesh, copied, per_image, spread_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
-from .objective import Objective, Progress, Term, check_objective, evaluate
+from .objective import Objective, Term, check_objective, evaluate
 from .projections import init_projections, project
 from .record import Leading, NotStored, Pullback, Record, StoredOutputs, Taught, no_pullback
 from .schedules import Schedule, value_at
+from .state import HEALTHY, TrainState, check_form, check_optimizer, progress_of, state_check
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
-HEALTHY = -1
 TELEMETRY = ("/gradient_norm", "/gradient_cosine")  # how the metrics of one term's gradient end
 STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # of a batch whose images the teacher has seen before
-
-
-class TrainState(NamedTuple):
-    """All that changes during training; everything else is a function of it, the data and the seed.
-
-    Attributes:
-      step: steps taken, int32 scalar.
-      params: the student's parameters.
-      stats: the student's batch statistics.
-      projections: parameters of the objective's projections; trained with the student, never exported.
-      projection_stats: their statistics, what was measured of the teacher among them.
-      progress: how far the student is, where the objective measures it, else empty; see `Progress`.
-      opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
-      average: exponential moving average of `(params, stats)`, or None.
-      failed_term: index of the term that was not finite, else `HEALTHY`; with n terms, n stands for the gradient and
-        n + 1 for the update. Sticky.
-      failed_step: the step at which that happened, else `HEALTHY`.
-    """
-
-    step: Int[Array, ""]
-    params: PyTree
-    stats: PyTree
-    projections: PyTree
-    projection_stats: PyTree
-    progress: PyTree
-    opt_state: PyTree
-    average: PyTree
-    failed_term: Int[Array, ""]
-    failed_step: Int[Array, ""]
-
-    def evaluated(self) -> tuple[PyTree, PyTree]:
-        """The parameters and statistics that are evaluated and exported: the moving average where there is one."""
-        return (self.params, self.stats) if self.average is None else self.average
-
-
-@checked
-def init_state(
-    student: Network,
-    optimizer: optax.GradientTransformation,
-    objective: Objective,
-    image_shape: tuple[int, ...],
-    *,
-    teacher: Network | None = None,
-    key: PRNGKeyArray | None = None,
-    moving_average: bool = False,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      student: its arrays are copied, since the step donates the state.
-      optimizer: over the tree `{"student": ..., "projections": ...}`.
-      objective: names the projections.
-      image_shape: `(height, width, channels)`.
-      teacher: needed when the objective has projections.
-      key: random key of the projections; default `jax.random.key(0)`.
-      moving_average: keep an average of the weights.
-
-    Returns:
-      A TrainState at step 0.
-    """
-    check_objective(objective)
-    check_optimizer(optimizer)
-    check_leaves("student", student)
-    check_leaves("teacher", teacher)
-    if len([positive_count("image_shape", side) for side in image_shape]) != 3:
-        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
-    projections, projection_stats = {}, {}
-    if objective.projections:
-        if teacher is None:
-            raise ValueError(f"the objective projects {sorted(objective.projections)} onto a teacher: pass teacher=...")
-        key = jax.random.key(0) if key is None else key
-        ours, theirs = output_shapes(student, image_shape), output_shapes(teacher, image_shape)
-        projections, projection_stats = init_projections(objective.projections, ours, theirs, key)
-    params, stats = _copies((student.params, student.stats))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        stats=stats,
-        projections=projections,
-        projection_stats=projection_stats,
-        progress={} if objective.progress is None else objective.progress.start(),
-        # Some optimisers keep the initial weights, as these very arrays, which cannot be donated twice.
-        opt_state=_copies(optimizer.init({"student": params, "projections": projections})),
-        average=_copies((params, stats)) if moving_average else None,
-        failed_term=jnp.full((), HEALTHY, jnp.int32),
-        failed_step=jnp.full((), HEALTHY, jnp.int32),
-    )
-
-
-def _copies(tree: PyTree) -> PyTree:
-    """Arrays of their own, to be donated; of a dtype that is theirs: a weak one would have the step compiled twice."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jax.typeof(leaf).dtype), tree)
-
-
-def output_shapes(network: Network, image_shape: tuple[int, ...], *, batch_size: int = 1) -> Outputs:
-    """Shapes and dtypes of a network's outputs, without computing or compiling anything."""
-    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda network, images: network.forward(images, train=False)[0], network, images)
 
 
 class _Aux(NamedTuple):
@@ -199,7 +101,7 @@ def _raw_terms(
         fresh = jax.eval_shape(partial(init_projections, objective.projections), outputs, taught.outputs, key)
         given = trainable["projections"], state.projection_stats
         for name, found, like in zip(("projections", "projection_stats"), given, fresh, strict=True):
-            _check_form(f"state.{name}", {key: found[key] for key in objective.projections}, like)
+            check_form(f"state.{name}", {key: found[key] for key in objective.projections}, like)
         views = project(
             objective.projections, trainable["projections"], state.projection_stats, outputs, taught.outputs
         )
@@ -273,11 +175,6 @@ def _stage(index: int, maps: tuple[Any, ...]) -> int:
 
 def _tapped(terms: Iterable[Term]) -> list[tuple[int, int]]:
     return [term.gradient_stages for term in terms if term.gradient_stages]
-
-
-def progress_of(state: TrainState) -> Array | None:
-    """How far the student is, where that is measured."""
-    return state.progress["progress"] if state.progress else None
 
 
 class _Pull(NamedTuple):
@@ -426,17 +323,7 @@ def make_learn(
             new = new._replace(average=_averaged((new.params, new.stats), state.average, decay))
         gradient_norm = optax.tree.norm(gradient)
         weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
-        sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
-        # Or XLA repeats the conjunction over all arrays in the fusion of each: half of resnet56 -> resnet20's step.
-        sound = jax.lax.optimization_barrier(sound)
-        failed_term = jnp.argmin(sound).astype(jnp.int32)
-        accept = sound.all() & (state.failed_term == HEALTHY)
-        newly_failed = ~sound.all() & (state.failed_term == HEALTHY)
-        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, state)
-        kept = kept._replace(
-            failed_term=jnp.where(newly_failed, failed_term, state.failed_term),
-            failed_step=jnp.where(newly_failed, state.step, state.failed_step),
-        )
+        kept = _accepted(new, state, weighted, gradient_norm)
         metrics = pulled.metrics | {
             name: jnp.asarray(schedule(state.step)) for name, schedule in logged_schedules.items()
         }
@@ -451,6 +338,22 @@ def make_learn(
         return kept, metrics
 
     return learn
+
+
+def _accepted(new: TrainState, old: TrainState, weighted: Array, gradient_norm: Array) -> TrainState:
+    """The new state; or the old one, marked with what was not finite, and from then on for ever."""
+    sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
+    # Or XLA repeats the conjunction over all arrays in the fusion of each: half of resnet56 -> resnet20's step.
+    sound = jax.lax.optimization_barrier(sound)
+    failed_term = jnp.argmin(sound).astype(jnp.int32)
+    was_healthy = old.failed_term == HEALTHY
+    accept = sound.all() & was_healthy
+    newly_failed = ~sound.all() & was_healthy
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
+    return kept._replace(
+        failed_term=jnp.where(newly_failed, failed_term, old.failed_term),
+        failed_step=jnp.where(newly_failed, old.step, old.failed_step),
+    )
 
 
 @checked
@@ -542,7 +445,7 @@ def make_train_step(
             "weight of this objective reads; take 0, or a schedule by the clock"
         )
     check_mesh(mesh)
-    check_state = _state_check(student, objective, optimizer, averages=average_decay is not None)
+    check_state = state_check(student, objective, optimizer, averages=average_decay is not None)
     batch_of = (lambda data, step: data) if make_batch is None else make_batch
     learn = make_learn(
         student,
@@ -569,11 +472,6 @@ def make_train_step(
     return compiled(dispatch, donate_argnums=0, out_shardings=copied(mesh))
 
 
-def copied(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of what every device has; None where there is one device."""
-    return None if mesh is None else NamedSharding(mesh, COPIED)
-
-
 @checked
 def make_gradient_report(
     student: Network, objective: Objective, *, seed: int = 0, mesh: Mesh | None = None
@@ -593,7 +491,7 @@ def make_gradient_report(
     check_objective(objective)
     check_seed(seed)
     check_mesh(mesh)
-    check_state = _state_check(student, objective)
+    check_state = state_check(student, objective)
     student = student.replace(params=None, stats=None)
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
@@ -610,12 +508,6 @@ def make_gradient_report(
         return _term_gradients(objective.terms, lambda row: pull_back(row)[0], objective.terms[0])
 
     return compiled(report, out_shardings=copied(mesh))
-
-
-def check_optimizer(optimizer: optax.GradientTransformation) -> None:
-    """Refuse what has not an optimiser's two functions."""
-    if not callable(optimizer.init) or not callable(optimizer.update):
-        raise TypeError(f"optimizer must have functions init and update, got {shown(optimizer)}")
 
 
 def check_seed(seed: int) -> None:
@@ -649,63 +541,6 @@ def check_batch(batch: Any) -> None:
         if rows.ndim != 2 or rows.shape[0] != image.shape[0] or not jnp.issubdtype(rows.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
-            )
-
-
-def _state_check(
-    student: Network,
-    objective: Objective,
-    optimizer: optax.GradientTransformation | None = None,
-    *,
-    averages: bool = False,
-) -> Callable[[TrainState], None]:
-    """What refuses a state that `init_state` did not make for these, part by part, in words.
-
-    It is asked while a step is traced. What is given without arrays, or is not given, is not compared.
-    """
-    check_leaves("student", student, or_shapes=True)
-    params, stats = jax.eval_shape(lambda *trees: trees, student.params, student.stats)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def check(state: TrainState) -> None:
-        like: dict[str, Any] = {"step": scalar, "failed_term": scalar, "failed_step": scalar}
-        if params is not None:
-            like |= {"params": params, "stats": stats}
-        # One that was made for more than this objective will do, as for the report on a part of it.
-        if objective.progress is not None or jax.tree.leaves(state.progress):
-            like["progress"] = jax.eval_shape(Progress().start)
-        for name, part in like.items():
-            _check_form(f"state.{name}", getattr(state, name), part)
-        for name in ("projections", "projection_stats"):
-            found = getattr(state, name)
-            if not isinstance(found, Mapping) or not found.keys() >= objective.projections.keys():
-                told = sorted(objective.projections)
-                raise ValueError(f"state.{name} must be those of the objective's projections {told}, {_MADE}")
-        if optimizer is not None:
-            trained = {"student": state.params, "projections": state.projections}
-            _check_form("state.opt_state", state.opt_state, jax.eval_shape(optimizer.init, trained))
-            average = (state.params, state.stats) if averages else None
-            _check_form("state.average", state.average, average)
-
-    return check
-
-
-_MADE = "as init_state makes them for this student, objective and optimizer"
-
-
-def _check_form(name: str, tree: PyTree, like: PyTree) -> None:
-    """Refuse a tree of other shapes or kinds of numbers."""
-    found, wanted = ({path: leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, like))
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        differing = [*(found.keys() ^ wanted.keys())][:1]
-        place = f", which differ at {name}{jax.tree_util.keystr(differing[0])}" if differing else ""
-        raise ValueError(f"{name} must have the arrays {_MADE}{place}")
-    for path, leaf in wanted.items():
-        got, kind = found[path], jnp.floating if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        if got.shape != leaf.shape or not jnp.issubdtype(got.dtype, kind):
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must be {leaf.dtype} {leaf.shape}, {_MADE}, "
-                f"got {got.dtype} {got.shape}"
             )
 
 

@@ -17,24 +17,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from ._checks import checked, positive_count
-from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, each_device, spread_batch
+from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, copied, each_device, spread_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import Taught
 from .schedules import Schedule, constant_schedule, value_at
-from .step import (
-    Batch,
-    Metrics,
-    TrainState,
-    check_batch,
-    check_optimizer,
-    check_seed,
-    copied,
-    make_learn,
-    progress_of,
-    step_key,
-    teach,
-)
+from .state import TrainState, check_optimizer, progress_of
+from .step import Batch, Metrics, check_batch, check_seed, make_learn, step_key, teach
 
 LAYOUTS = ("devices", "map", "vmap", "unroll")
 

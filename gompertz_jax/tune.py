@@ -16,15 +16,15 @@ import numpy as np
 
 from . import report
 from .arms import SCORES
-from .compare import Trials, train_all
+from .cohort import Cohort, train_all
 from .training.config import Config, get_default
 from .training.errors import RunError
+from .training.files import replace_text, write_json
 from .training.loop import finished
 from .training.objectives import LOSSES
 from .training.sharding import on_main, say
 from .training.stop import Stop
 from .training.workdir import frozen, provenance, sole_use
-from .training.writer import replace_text, write_json
 
 RESULT = "tune.json"
 
@@ -193,7 +193,7 @@ def tune(
             tried[f"{name}-{trial}"] = changed
     with Stop() as stop:
         origin = provenance()
-        listed = Trials.of(config, tried, seeds, layout)
+        listed = Cohort.of(config, tried, seeds, layout)
         result = on_main(lambda: finished(workdir, RESULT, listed.content))
         if result is not None:
             say(f"{workdir} holds a finished search; another --workdir starts a new one.")

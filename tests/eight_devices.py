@@ -15,6 +15,7 @@ from test_students import objectives as arms
 
 import gompertz_jax as gj
 from gompertz_jax import compare, models, terms
+from gompertz_jax.arms import arm
 from gompertz_jax.data_parallel import SPREAD, per_image
 from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.projections import Embedding, Regressor
@@ -127,7 +128,7 @@ def comparison(workdir, teacher=""):
     """A comparison whose images are on the host and whose batches divide by no eight devices."""
     changes = {"recipe.batch_size": 90, "recipe.epochs": 2, "data.placement": "host", "teacher.dir": teacher}
     config = small_config(**{"recipe.learning_rate": 0.02}, **changes)  # larger steps magnify rounding
-    arms = {name: compare.arm(config, name) for name in ("student", "gompertz")}
+    arms = {name: arm(config, name) for name in ("student", "gompertz")}
     compare.compare(config, workdir, arms=arms, seeds=2)
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from gompertz_jax.arms import ARMS
-from gompertz_jax.compare import arm
+from gompertz_jax.arms import ARMS, arm
 from gompertz_jax.training.config import get_default
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.objectives import build_objective, sampled

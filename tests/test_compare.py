@@ -4,24 +4,18 @@ import json
 import shutil
 import signal
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, differences_of_metrics, small_config
 
 from gompertz_jax import compare as room
 from gompertz_jax import tune
+from gompertz_jax.arms import ARMS as KNOWN
+from gompertz_jax.arms import arm
 from gompertz_jax.cli import main
-from gompertz_jax.students import grouped
-from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.feed import Images
-from gompertz_jax.training.fit import Plan
 from gompertz_jax.training.loop import train_and_evaluate
-from gompertz_jax.training.objectives import build_objective
-from gompertz_jax.training.sharding import data_mesh
 from gompertz_jax.training.stop import Stop, Stopped
-from gompertz_jax.training.teacher import network_from
 from gompertz_jax.training.writer import read_metrics
 
 ARMS = ("matched", "gompertz")
@@ -29,7 +23,7 @@ ARMS = ("matched", "gompertz")
 
 def arms_of(config):
     """A known arm, and a config of its own by the name of another: the same numbers in other words."""
-    arms = {name: room.arm(config, name) for name in ARMS}
+    arms = {name: arm(config, name) for name in ARMS}
     arms["gompertz"].objective.terms.kd.temperature += ".0"
     return arms
 
@@ -46,12 +40,12 @@ def test_the_student_alone_is_always_there_and_every_arm_has_every_seed(compared
     assert list(results["arms"]) == ["student", *ARMS]
     assert {name: arm["about"] for name, arm in results["arms"].items()} == {
         "student": "the student alone",
-        "matched": room.ARMS["matched"].about,
+        "matched": KNOWN["matched"].about,
         "gompertz": "an objective of its own",
     }
-    for arm in results["arms"].values():
-        assert [student["seed"] for student in arm["students"]] == [0, 1]
-        for student in arm["students"]:
+    for of_arm in results["arms"].values():
+        assert [student["seed"] for student in of_arm["students"]] == [0, 1]
+        for student in of_arm["students"]:
             assert [step for step, _ in student["validation"]] == [15, 27, 39]
             best = max(accuracy for _, accuracy in student["validation"])
             assert student["best_validation_accuracy"] == pytest.approx(best, abs=1e-12)
@@ -109,7 +103,7 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
         room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
     assert not (tmp_path / "results.json").exists()
     again = room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
-    assert "goes on from step 21 of 39" in capsys.readouterr().out
+    assert "resumes from step 21 of 39" in capsys.readouterr().out
     assert again["arms"] == whole["arms"] and again["comparison"] == whole["comparison"]
     assert differences_of_metrics(tmp_path, workdir) == []
     # The same command once more reads what is there; another baseline is told without training.
@@ -131,26 +125,19 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
 def test_mistakes_are_told_before_any_work(changes, options, message, tmp_path):
     config = small_config(**changes)
     with pytest.raises(RunError, match=message):
-        room.compare(config, tmp_path / "x", arms={"matched": room.arm(config, "matched")}, **options)
+        room.compare(config, tmp_path / "x", arms={"matched": arm(config, "matched")}, **options)
     assert not (tmp_path / "x").exists()
 
 
 def test_arms_of_the_same_objective_are_refused_all_at_once(tmp_path):
     """Where no weight reads the curve, arms that change it change nothing."""
     config = small_config(**{"objective.terms.kd.weight": "0.5", "objective.terms.wasserstein.weight": "0.5"})
-    arms = {name: room.arm(config, name) for name in ("matched", "gompertz", "transport", "linear")}
+    arms = {name: arm(config, name) for name in ("matched", "gompertz", "transport", "linear")}
     arms["again"] = arms["transport"]
     message = "the same objective at every step: 'matched' = 'gompertz' = 'linear'; 'transport' = 'again'. Keep one"
     with pytest.raises(RunError, match=message):
         room.compare(config, tmp_path, arms=arms, seeds=1)
     assert {path.name for path in tmp_path.iterdir()} <= {"lock"}
-
-
-def test_progress_is_not_the_clock():
-    """Arms that differ in what their curve is read at are not the same."""
-    config = small_config()
-    objectives = {name: build_objective(room.arm(config, name), 39) for name in ("gompertz", "progress", "matched")}
-    room.check_differ(objectives, grouped(list(objectives.values())), 39)
 
 
 def test_another_comparison_is_refused_in_the_same_workdir(compared):
@@ -163,24 +150,6 @@ def test_the_command_names_what_it_does_not_know(tmp_path):
     for arms, message in (("matched,matched", "matched is there twice"), ("x", "the arm 'x' is unknown")):
         with pytest.raises(SystemExit, match=message):
             main(["compare", "--config", "configs/digits.py", "--arms", arms, "--workdir", str(tmp_path / "x")])
-
-
-def test_the_teachers_channels_are_measured_for_every_student():
-    config = small_config(**{"objective.terms.wasserstein.weight": "1 * curve"})
-    arms = {"full": room.arm(config, "full")}
-    trial = room.Trials.of(config, arms, 2, "map")
-    dataset, mesh = load("digits", validation=100), data_mesh()
-    plan = Plan.of(config.recipe, config, len(dataset.train.labels))
-    groups = grouped([build_objective(arms["full"], plan.steps)])
-    networks = [network_from(config.student.to_dict(), dataset, seed=seed) for seed in (1, 2)]
-    teacher = network_from(config.teacher.to_dict(), dataset, seed=3)
-    images = Images.of(dataset, config.data, mesh)
-    program = room._program(trial, plan, groups, (), networks, teacher, images, mesh)
-    found = program.measured(program.state, teacher).groups[0].projection_stats["last"]
-    seen = jnp.asarray(dataset.train.images[:200] / 255.0, jnp.float32)
-    maps = np.asarray(teacher.forward(seen, train=False)[0].features[-1], np.float64)
-    for student in range(2):
-        np.testing.assert_allclose(found["teacher_mean"][student], maps.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from helpers import ROOT
 
 from gompertz_jax.training import config as room
 from gompertz_jax.training import objectives
+from gompertz_jax.training.check_config import check_config
 from gompertz_jax.training.errors import RunError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -24,7 +25,7 @@ def config_of(path, *variant):
 def test_every_config_is_whole_and_documented(path, monkeypatch):
     monkeypatch.syspath_prepend(str(path.parent.parent))
     config = config_of(path)
-    room.check(config)
+    check_config(config)
     objective = objectives.build_objective(config, 1000)
     assert [term.name for term in objective.terms] == ["ce", "gradient", "kd", "wasserstein"]
     assert f"python train.py --config configs/{path.name}" in path.read_text()
@@ -35,7 +36,7 @@ def test_every_config_is_whole_and_documented(path, monkeypatch):
 def test_every_method_is_whole_at_its_published_weights(path, variant, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     config = config_of(path, variant)
-    room.check(config)
+    check_config(config)
     assert config.data.name == variant
     built = objectives.build_objective(config, 240)
     assert built.terms[0].name == "ce" and len(built.terms) > 1
@@ -86,7 +87,7 @@ def test_values_out_of_range_are_refused_by_name(changes, message):
     config = room.get_default()
     config.update_from_flattened_dict(changes)
     with pytest.raises(RunError, match=message):
-        room.check(config)
+        check_config(config)
 
 
 def test_unknown_keys_and_other_types_are_refused():

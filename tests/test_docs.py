@@ -19,7 +19,7 @@ import pytest
 from helpers import ROOT, small_config, smallest_networks
 
 import gompertz_jax as gj
-from gompertz_jax import cli, compare
+from gompertz_jax import cli, cohort, compare
 from gompertz_jax.models import create, tensor_files, torch_layouts
 from gompertz_jax.objective import check_objective
 from gompertz_jax.training import loop
@@ -119,9 +119,10 @@ def typed(room, monkeypatch):
     def reached(*_, **__):
         raise Reached
 
-    for module in (loop, compare):
+    for module in (loop, cohort):
         monkeypatch.setattr(module, "of_config", stand_in)
         monkeypatch.setattr(module, "network_from", reached)  # what comes after the pre-flight
+    for module in (loop, compare):
         monkeypatch.setattr(module, "finished", lambda *_: None)
     return lambda command: type_command(command, room, monkeypatch)
 
@@ -141,7 +142,7 @@ def type_command(command, place, monkeypatch):
         if len(arguments) == 1:
             assert re.search(rf'"{arguments[0]}"', (ROOT / "gompertz_jax" / "cli.py").read_text())
         elif arguments[0] in ("compare", "tune"):
-            monkeypatch.setattr(compare.preflight, "describe", lambda *_, **__: "")  # of every group: a run's
+            monkeypatch.setattr(loop.preflight, "describe", lambda *_, **__: "")  # of every group: a run's
             with pytest.raises(Reached):
                 cli.main(arguments)
         else:

@@ -17,10 +17,10 @@ from gompertz_jax.models.layers import Draws, GroupedPointwise, channel_shuffle,
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.files import write_json
 from gompertz_jax.training.fit import Best
 from gompertz_jax.training.teacher import network_card, network_from, save_network
 from gompertz_jax.training.workdir import CONFIG, frozen, sole_use
-from gompertz_jax.training.writer import write_json
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnx", "onnxruntime"))
 

@@ -13,20 +13,20 @@ from test_outputs import StopAt
 
 import gompertz_jax as gj
 from gompertz_jax import terms
-from gompertz_jax.training import fit
+from gompertz_jax.training import drive, fit, reader
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.feed import Feed, Images
 from gompertz_jax.training.sharding import data_mesh, replicate
 from gompertz_jax.training.stop import Stopped
-from gompertz_jax.training.writer import MetricsWriter, Progress, read_metrics
+from gompertz_jax.training.writer import MetricsWriter, ProgressBar, read_metrics
 
 
 def test_dispatches_divide_the_steps_and_evaluation_follows_the_epochs():
     config = tiny_config()
     for count, batch, epochs in ((1337, 96, 3), (45_000, 128, 7), (353 * 8, 8, 5)):
         config.recipe.update({"batch_size": batch, "epochs": epochs})
-        plan = fit.Plan.of(config.recipe, config, count)
+        plan = drive.Plan.of(config.recipe, config, count)
         assert plan.steps == epochs * (count // batch)
         assert plan.steps % plan.steps_per_dispatch == 0
         ends = range(plan.steps_per_dispatch, plan.steps + 1, plan.steps_per_dispatch)
@@ -48,7 +48,7 @@ def run(workdir, *, objective=None, teacher=None, seed=0, stop=None, **changes):
     """A network that compiles in no time, through the whole loop: dispatches of 3 steps, evaluations at 15, 27, 39."""
     config = tiny_config(**changes)
     dataset, mesh = load("digits", validation=100), data_mesh()
-    plan = fit.Plan.of(config.recipe, config, len(dataset.train.labels))
+    plan = drive.Plan.of(config.recipe, config, len(dataset.train.labels))
     return fit.fit(
         config,
         config.recipe,
@@ -67,7 +67,7 @@ def run(workdir, *, objective=None, teacher=None, seed=0, stop=None, **changes):
 
 def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, monkeypatch):
     """Over ten evaluations and checkpoints: programs, bytes on the device, copies of the images, open transfers."""
-    compiled, seen, original = [], [], fit.MetricsReader.take
+    compiled, seen, original = [], [], reader.MetricsReader.take
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
@@ -78,7 +78,7 @@ def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, mo
         images = sum(array.shape == (1338, 8, 8, 1) for array in alive)
         seen.append((len(compiled), sum(array.nbytes for array in alive), images, jax.config.jax_transfer_guard))
 
-    monkeypatch.setattr(fit.MetricsReader, "take", take)
+    monkeypatch.setattr(reader.MetricsReader, "take", take)
     gc.collect()  # what earlier tests left alive is not this run's
     fitted = run(tmp_path, **{"recipe.epochs": 10, "data.placement": "device"})
     assert fitted.best_accuracy > 0.8
@@ -125,7 +125,7 @@ def test_the_same_seed_writes_the_same_numbers_wherever_the_images_live_and_anot
 
 def test_the_rate_of_a_run_counts_what_follows_the_last_step(tmp_path, monkeypatch):
     """On a clock by which writing the last checkpoint takes an hour, and all else next to nothing."""
-    now, original = [0.0], fit.Checkpoints.wait
+    now, original = [0.0], drive.Checkpoints.wait
 
     def monotonic():
         now[0] += 0.1
@@ -135,8 +135,9 @@ def test_the_rate_of_a_run_counts_what_follows_the_last_step(tmp_path, monkeypat
         now[0] += 3600.0 * (self.latest_step == 27)
         original(self)
 
-    monkeypatch.setattr(fit.Checkpoints, "wait", wait)
-    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(drive.Checkpoints, "wait", wait)
+    for module in (drive, reader):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
     assert run(tmp_path).images_per_second == pytest.approx(39 * 96 / 3600, rel=0.01)
 
 
@@ -246,7 +247,7 @@ def test_what_validation_chose_are_the_weights_of_that_step(tmp_path):
 
 
 def test_metrics_are_on_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
-    seen, original = [], fit.Checkpoints.save
+    seen, original = [], drive.Checkpoints.save
 
     def save(self, step, state, record):
         lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -254,7 +255,7 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_counts_them(tmp_path, mo
         seen.append((step, len(lines) == record["lines"], last))
         original(self, step, state, record)
 
-    monkeypatch.setattr(fit.Checkpoints, "save", save)
+    monkeypatch.setattr(drive.Checkpoints, "save", save)
     run(tmp_path)
     assert seen == [(step, True, step) for step in (15, 27, 39)]
 
@@ -273,26 +274,26 @@ def test_of_several_students_one_that_fails_ends_alone_and_the_last_one_ends_the
                 "failed_term": np.where(failed, 1, -1),
                 "failed_step": np.where(failed, end, -1),
             }
-            yield fit.Told({"arm": name, "seed": 0}, objective, metrics)
+            yield reader.StudentMetrics({"arm": name, "seed": 0}, objective, metrics)
 
-    logging, shown = tiny_config().logging, Progress("x", step=0, total=9, enabled=False)
+    logging, shown = tiny_config().logging, ProgressBar("x", step=0, total=9, enabled=False)
     with MetricsWriter(tmp_path, step=0) as writer:
-        reader = fit.MetricsReader(lambda metrics: metrics, 96, logging, fit.Clock(), {}, set(), writer, shown)
+        taking = reader.MetricsReader(lambda metrics: metrics, 96, logging, reader.Clock(), {}, set(), writer, shown)
         for first in (0, 3):
-            reader.take(list(dispatch(first, {"a": 1, "b": -1})))
-        reader.drain()
+            taking.take(list(dispatch(first, {"a": 1, "b": -1})))
+        taking.drain()
         writer.commit()
         lines = read_metrics(tmp_path / "metrics.jsonl")
         steps = {name: [line["step"] for line in lines if line["arm"] == name] for name in "ab"}
         assert steps == {"a": [0, 1], "b": [0, 1, 2, 3, 4, 5]}
-        reader.take(list(dispatch(6, {"a": 1, "b": 7})))
+        taking.take(list(dispatch(6, {"a": 1, "b": 7})))
         with pytest.raises(RunError, match="b/0: the term 'kd' was not finite at step 7"):
-            reader.drain()
+            taking.drain()
 
 
 def test_a_plan_evaluates_every_so_many_epochs_and_at_the_end():
     config = tiny_config(evaluate_every_epochs=2)
-    plan = fit.Plan.of(config.recipe, config, 1337)
+    plan = drive.Plan.of(config.recipe, config, 1337)
     assert [step for step in range(3, 40, 3) if plan.evaluates_at(step)] == [27, 39]
 
 

@@ -27,9 +27,10 @@ RULES = {
     "terms": (NUMERICAL, {"losses", "network", "projections", "record"}),
     "objective": (NUMERICAL, {"_checks", "schedules", "projections", "record", "terms"}),
     "data_parallel": (NUMERICAL, set()),
+    "state": (NUMERICAL, {"_checks", "network", "objective", "projections"}),
     "step": (
         NUMERICAL,
-        {"_checks", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules"},
+        {"_checks", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules", "state"},
     ),
     "models": (None, {"_checks", "intact", "network", "models"}),
 }

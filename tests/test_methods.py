@@ -11,8 +11,8 @@ import pytest
 from helpers import ROOT, smallest_networks, train
 
 import gompertz_jax as gj
+from gompertz_jax.network import output_shapes
 from gompertz_jax.projections import measure_teacher
-from gompertz_jax.step import output_shapes
 from gompertz_jax.training import preflight
 from gompertz_jax.training.objectives import LOSSES, build_objective
 

@@ -11,9 +11,10 @@ import pytest
 from helpers import tiny_config, without_timing
 
 import gompertz_jax as gj
-from gompertz_jax.training import fit, outputs
+from gompertz_jax.training import drive, fit, outputs
 from gompertz_jax.training.augment import augmented_view
 from gompertz_jax.training.data import load
+from gompertz_jax.training.drive import Plan
 from gompertz_jax.training.feed import Images
 from gompertz_jax.training.sharding import data_mesh
 from gompertz_jax.training.stop import Stop, Stopped
@@ -72,7 +73,7 @@ def trained(workdir, stop=None):
     fitted = fit.fit(
         config,
         config.recipe,
-        fit.Plan.of(config.recipe, config, len(data.labels)),
+        Plan.of(config.recipe, config, len(data.labels)),
         label="student",
         workdir=workdir,
         network=network(1),
@@ -90,7 +91,7 @@ def trained(workdir, stop=None):
 def test_losses_are_those_with_the_teacher_at_work_and_no_step_has_it_also_on_resume(tmp_path, monkeypatch):
     """Every term, metric and gradient of every step, and the held-out agreement; only rounding differs."""
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "stored_outputs", lambda *args, **kwargs: {})
+        patch.setattr(drive, "stored_outputs", lambda *args, **kwargs: {})
         expected, expected_lines = trained(tmp_path / "live")
     compiled, original = [], fit.make_train_step
 

@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_costs_an_interval_and_no_number(whole, copy, capsy
     loop.train_and_evaluate(small_config(), copy)
     out = capsys.readouterr().out
     assert f"the checkpoint {copy / 'checkpoints' / '39'} is left out (" in out
-    assert "goes on from step 27 of 39" in out
+    assert "resumes from step 27 of 39" in out
     assert_same(whole, copy)
 
 

@@ -290,7 +290,7 @@ def test_two_processes_train_stop_and_resume_together_as_one(stopped, changes, t
     codes = ended(start_two(config, run, log), timeout=240)
     said = [(log / f"{process}.log").read_text() for process in range(2)]
     assert codes == [0, 0], said
-    assert f"{stopped}: goes on from step {step} of 65" in said[0]
+    assert f"{stopped}: resumes from step {step} of 65" in said[0]
     assert "x 2 in 2 processes" in said[0]
     # One process speaks and writes, but for the one that was asked; what both say is said by JAX's network library.
     spoken = [line for line in said[1].splitlines() if "[Gloo]" not in line]

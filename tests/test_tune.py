@@ -9,7 +9,7 @@ import pytest
 from helpers import small_config
 
 from gompertz_jax import tune as room
-from gompertz_jax.compare import arm
+from gompertz_jax.arms import arm
 from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.workdir import frozen

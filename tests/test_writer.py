@@ -2,7 +2,6 @@
 
 import errno
 import json
-import re
 import struct
 
 import numpy as np
@@ -57,22 +56,10 @@ def test_committed_lines_are_on_disk_before_the_writer_closes(tmp_path):
         assert len(writer.read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_json_files_are_replaced_whole(tmp_path):
-    path = tmp_path / "result.json"
-    writer.write_json(path, {"a": np.float32(1.5), "b": [float("nan"), (1, 2)]})
-    assert writer.read_json(path) == {"a": 1.5, "b": [None, [1, 2]]}
-    with pytest.raises(TypeError):
-        writer.write_json(path, {"a": object()})
-    assert writer.read_json(path)["a"] == 1.5
-    path.write_text('{"a": 1')
-    with pytest.raises(RunError, match=re.escape(str(path))):
-        writer.read_json(path)
-
-
 def test_progress_speaks_plainly_when_nobody_watches(capsys, monkeypatch):
     clock = iter([0.0, 5.0, 20.0, 20.0])
     monkeypatch.setattr(writer.time, "monotonic", lambda: next(clock))
-    with writer.Progress("student", step=0, total=400) as progress:
+    with writer.ProgressBar("student", step=0, total=400) as progress:
         progress.update(50, loss=2.0, accuracy=0.1, images_per_second=640.0)
         progress.validation_accuracy = 0.875
         progress.update(100, loss=1.5, accuracy=0.25, images_per_second=1234.0)
@@ -82,7 +69,7 @@ def test_progress_speaks_plainly_when_nobody_watches(capsys, monkeypatch):
 
 def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(writer.sys.stderr, "isatty", lambda: True, raising=False)
-    with writer.Progress("student", step=0, total=10) as progress:
+    with writer.ProgressBar("student", step=0, total=10) as progress:
         progress.update(10, loss=2.0, accuracy=0.5, images_per_second=64.0)
     err = capsys.readouterr().err
     assert "student: 100%" in err

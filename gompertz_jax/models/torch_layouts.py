@@ -242,18 +242,18 @@ def from_state_dict(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     options, tried = dict(options or {}), []
     for layout in layouts(model, options):
-        chosen = dict(layout.options) | _stem(model, layout, tensors) | options
+        chosen = dict(layout.options) | _stem(model, tensors) | options
         head, stem = (tensors.get(f"{layout.module(path)}.weight") for path in (("head",), layout.stem))
+        channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
         card = {
             "model": model,
             "options": chosen,
             "dtype": dtype,
             "num_classes": head.shape[0] if head is not None and head.ndim == 2 else 1000,
-            "in_channels": stem.shape[1] if stem is not None and stem.ndim == 4 else 3,
-            "mean": (0.0,),
-            "std": (1.0,),
+            "in_channels": channels,
+            "mean": (0.0,) * channels,
+            "std": (1.0,) * channels,
         }
-        card = card | {"mean": (0.0,) * card["in_channels"], "std": (1.0,) * card["in_channels"]}
         shapes = from_card(card)
         tried.append((_faults(tensors, shapes, layout), layout, card, shapes))
     faults, layout, card, shapes = min(tried, key=lambda one: len(one[0]))
@@ -288,7 +288,7 @@ def from_state_dict(
     return Imported(network, layout.name, card)
 
 
-def _stem(model: str, layout: Layout, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _stem(model: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The option `stem` of the networks that have either, by the size of the first kernel."""
     first = tensors.get("conv1.weight")
     if model not in ("resnet18", "resnet34", "resnet50") or first is None or first.ndim != 4:

@@ -19,10 +19,9 @@ from orbax.checkpoint import v1
 from ..data_parallel import COPIED
 from ..intact import SUMS, fault, sealed
 from ..network import PyTree
-from .errors import RunError
-from .intact import seal, set_aside
+from .errors import RunError, first_line
+from .files import read_json, seal, set_aside, write_json, writing
 from .sharding import data_mesh, is_main, on_main, say
-from .writer import read_json, write_json, writing
 
 RECORD = "record.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of the directories in which Orbax saves
@@ -117,7 +116,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise RunError(
-                f"the checkpoint {self._directory / str(step)} cannot be written ({_first_line(error)}); "
+                f"the checkpoint {self._directory / str(step)} cannot be written ({first_line(error)}); "
                 "make room and start again, and the run goes on from the one before it"
             ) from error
 
@@ -136,7 +135,7 @@ class Checkpoints:
         except Exception as error:
             raise RunError(
                 f"the checkpoint {self._directory / str(step)} cannot be read "
-                f"({_first_line(error)}); move it away to go on from the one before it"
+                f"({first_line(error)}); move it away to go on from the one before it"
             ) from error
         return state, on_main(lambda: read_json(self._directory / str(step) / RECORD))
 
@@ -236,9 +235,7 @@ def save_arrays(directory: Path, tree: PyTree) -> None:
         try:
             ocp.save(directory.absolute(), tree)
         except Exception as error:
-            raise RunError(
-                f"{directory} cannot be written ({_first_line(error)}); make room and start again"
-            ) from error
+            raise RunError(f"{directory} cannot be written ({first_line(error)}); make room and start again") from error
         on_main(lambda: seal(directory))
 
 
@@ -265,7 +262,7 @@ def load_arrays(directory: Path, template: PyTree) -> PyTree:
     try:
         return ocp.load(directory.absolute(), _abstract(template))
     except Exception as error:
-        raise RunError(f"{directory} cannot be read ({_first_line(error)})") from error
+        raise RunError(f"{directory} cannot be read ({first_line(error)})") from error
 
 
 def _abstract(tree: PyTree) -> PyTree:
@@ -281,7 +278,3 @@ def _abstract(tree: PyTree) -> PyTree:
 def _unsealed(directory: Path) -> Path:
     (directory / SUMS).unlink(missing_ok=True)
     return directory
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -40,8 +40,8 @@ from tensorflow_datasets.core.utils import tqdm_utils
 from tensorflow_datasets.image_classification import cifar
 
 from .errors import DataError
+from .files import set_aside
 from .images import Split, check_labels
-from .intact import set_aside
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

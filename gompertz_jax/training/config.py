@@ -1,15 +1,8 @@
-"""What a run is made of: every key with its default and meaning, and the checks that need no data."""
+"""What a run is made of: every key with its default and meaning."""
 
-import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_collections
-
-from .errors import RunError
-from .objectives import build_objective
 
 Config = Any  # an ml_collections.ConfigDict: what its keys hold is known to get_default, not to a type checker
 
@@ -26,6 +19,9 @@ CHANGEABLE = (
     "checkpoint",
     "teacher.min_accuracy",
 )
+
+# Groups whose keys are the user's.
+OPEN = ("student.options", "teacher.options", "objective.terms", "objective.projections")
 
 
 def get_recipe() -> dict[str, Any]:
@@ -143,160 +139,6 @@ def get_default() -> Config:
         open_ended.unlock()  # their keys are the user's; what they may be is checked where they are built
     config.objective.projections.unlock()
     return config
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_recipe(recipe: Config, where: str) -> None:
-    """Refuse a recipe with a value out of range, or with a schedule that reaches beyond its epochs."""
-
-    def require(condition: bool, key: str, rule: str) -> None:
-        if not condition:
-            raise RunError(f"{where}.{key} = {recipe[key]!r}: {rule}")
-
-    require(recipe.epochs >= 1, "epochs", "must be at least 1")
-    require(recipe.batch_size >= 1, "batch_size", "must be at least 1")
-    require(0 < recipe.learning_rate < math.inf, "learning_rate", "must be above 0")
-    require(recipe.decay in ("cosine", "multistep", "constant"), "decay", "must be cosine, multistep or constant")
-    require(0 <= recipe.warmup_epochs <= recipe.epochs, "warmup_epochs", f"must lie in [0, epochs = {recipe.epochs}]")
-    require(0 <= recipe.momentum < 1, "momentum", "must lie in [0, 1)")
-    require(recipe.weight_decay >= 0, "weight_decay", "must not be negative")
-    require(recipe.clip_norm >= 0, "clip_norm", "must not be negative; 0 means no clipping")
-    require(0 <= recipe.label_smoothing < 1, "label_smoothing", "must lie in [0, 1)")
-    if "projection_rate" in recipe:
-        require(recipe.projection_rate >= 0, "projection_rate", "must not be negative")
-    require(0 <= recipe.moving_average < 1, "moving_average", "must lie in [0, 1); 0 means none")
-    if recipe.decay == "multistep":
-        boundaries = tuple(recipe.boundaries)
-        require(all(isinstance(epoch, int) for epoch in boundaries), "boundaries", "must be whole epochs")
-        require(list(boundaries) == sorted(set(boundaries)), "boundaries", "must increase")
-        beyond = [epoch for epoch in boundaries if not 0 < epoch < recipe.epochs]
-        require(not beyond, "boundaries", f"{beyond} lie beyond training, which has {recipe.epochs} epochs")
-        require(0 < recipe.factor <= 1, "factor", "must lie in (0, 1]")
-
-
-# Groups whose keys are the user's.
-OPEN = ("student.options", "teacher.options", "objective.terms", "objective.projections")
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, ml_collections.ConfigDict)
-
-
-def check_types(config: Config, default: Config, prefix: str = "") -> None:
-    """Refuse a config with a key too few, a key too many, or one of another type than its default."""
-    if unknown := [key for key in config if key not in default]:
-        raise RunError(f"{prefix}{unknown[0]} is no key of a config; there are {', '.join(default)}")
-    for key, usual in default.items():
-        place = f"{prefix}{key}"
-        if key not in config:
-            raise RunError(f"{place} is missing: begin with gompertz_jax.training.config.get_default()")
-        value, wanted = config[key], type(usual)
-        if _is_group(usual):
-            if not _is_group(value):
-                raise RunError(f"{place} = {value!r:.200}: must be a group of keys")
-            if place not in OPEN:
-                check_types(value, usual, f"{place}.")
-        elif type(value) not in {float: (float, int), tuple: (tuple, list)}.get(wanted, (wanted,)):
-            raise RunError(f"{place} = {value!r:.200}: must be of type {wanted.__name__}")
-
-
-def check_values(key: str, value: Any) -> None:
-    """Refuse what JSON cannot hold: a config is kept with its run, and compared with that."""
-    if isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            check_values(key, inner)
-    elif type(value) not in (bool, int, float, str, type(None)):
-        raise RunError(f"{key} = {value!r:.200}: must be a number, a text, or a tuple of these")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise RunError(f"{key} = {value}: must be finite")
-    elif type(value) is int and abs(value) >= 2**63:
-        raise RunError(f"{key} is an integer of {value.bit_length()} bits: must lie within 64")
-
-
-def check_place(key: str, place: str) -> None:
-    """Refuse a path that the system cannot even look for; whether something is there is asked where it is needed."""
-    try:
-        os.stat(Path(place).expanduser() / "teacher" / "network.json")
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a null in it, a user without a home
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{key} = {place!r:.200}: is no path: {reason}") from None
-
-
-def check(config: Config) -> None:
-    """Refuse a config whose values cannot be right, before anything is loaded or computed."""
-    from ..models import names
-    from .data import check_name
-
-    if not _is_group(config):
-        raise RunError(f"config = {config!r:.200}: must be a ConfigDict from get_default()")
-    check_types(config, get_default())
-    for key, value in _leaves(config.to_dict()):
-        check_values(key, value)
-    check_name(config.data.name)
-    for key, place in (
-        ("data.name", config.data.name.partition(":")[2]),
-        ("data.data_dir", config.data.data_dir),
-        ("init_from", config.init_from),
-        ("teacher.dir", config.teacher.dir),
-        ("compilation_cache", config.compilation_cache),
-    ):
-        check_place(key, place)
-    if config.data.train_images < 0:
-        raise RunError(f"data.train_images = {config.data.train_images}: must not be negative; 0 takes all")
-    if config.data.image_size < 0:
-        raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")
-    for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
-        if not 0 <= seed < 2**31:
-            raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")
-    if not -1 <= config.order_seed < 2**31:
-        raise RunError(f"order_seed = {config.order_seed}: must lie in [0, 2^31), or be -1 for `seed`")
-    check_recipe(config.recipe, "recipe")
-    build_objective(config, 1000)  # for its refusals; the true number of steps is known once the data are there
-    if not config.teacher.dir:
-        check_recipe(config.teacher.recipe, "teacher.recipe")
-    for role in ("student", "teacher"):
-        network = config[role]
-        if network.model not in names() and not (role == "teacher" and config.teacher.dir):
-            raise RunError(f"{role}.model = {network.model!r} is unknown; there are {', '.join(names())}")
-        if network.dtype not in ("float32", "bfloat16"):
-            raise RunError(f"{role}.dtype = {network.dtype!r}: must be float32 or bfloat16")
-    for key, least in (
-        ("steps_per_dispatch", 1),
-        ("evaluate_every_epochs", 1),
-        ("teacher_statistics_images", 1),
-    ):
-        if config[key] < least:
-            raise RunError(f"{key} = {config[key]}: must be at least {least}")
-    if config.logging.every_steps < 1:
-        raise RunError(f"logging.every_steps = {config.logging.every_steps}: must be at least 1")
-    if (every := config.logging.term_gradients_every) < 0:
-        raise RunError(f"logging.term_gradients_every = {every}: must not be negative; 0 means never")
-    if config.checkpoint.keep < 1:
-        raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
-    if config.teacher.cache.views < 0:
-        raise RunError(f"teacher.cache.views = {config.teacher.cache.views}: must not be negative; 0 stores nothing")
-    if not 0 <= config.teacher.min_accuracy <= 1:
-        raise RunError(f"teacher.min_accuracy = {config.teacher.min_accuracy}: is a fraction, in [0, 1]")
-    if config.data.placement not in ("auto", "device", "host"):
-        raise RunError(f"data.placement = {config.data.placement!r}: must be auto, device or host")
-    if not 0 <= config.data.device_fraction <= 1:
-        raise RunError(f"data.device_fraction = {config.data.device_fraction}: is a fraction, in [0, 1]")
-    if config.objective.skip_below < 0:
-        raise RunError(f"objective.skip_below = {config.objective.skip_below}: must not be negative; 0 never skips")
-    if config.augment.padding < 0:
-        raise RunError(f"augment.padding = {config.augment.padding}: must not be negative")
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def differing_keys(

@@ -9,6 +9,11 @@ class DataError(RunError):
     """Data that is missing, damaged or not what was asked for; the message names it and the way out."""
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def config_error(error: Exception) -> str:
     """One line on a config that cannot be read, or not be changed as the command line says."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

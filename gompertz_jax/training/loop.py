@@ -15,17 +15,18 @@ from jax.sharding import Mesh
 
 from .. import report
 from ..network import Network
-from ..objective import student_alone
+from ..objective import Objective, student_alone
 from ..step import make_eval_step
-from . import config as config_module
 from . import preflight
+from .check_config import check_config
 from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, of_config
+from .drive import Plan
 from .errors import RunError
 from .feed import Images, device_room, in_parts
-from .fit import Fitted, Plan, fit
-from .intact import set_aside
+from .files import read_json, set_aside, write_json
+from .fit import Fitted, fit
 from .objectives import build_objective
 from .sharding import check_batch, data_mesh, on_main, say, together
 from .stop import Stop
@@ -40,7 +41,7 @@ from .teacher import (
     save_network,
 )
 from .workdir import check_data, check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
-from .writer import read_json, read_metrics, write_json
+from .writer import read_metrics
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
 
@@ -68,7 +69,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 
 def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, Any]:
     origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
-    config_module.check(config)
+    check_config(config)
     if config.teacher.dir:
         on_main(lambda: read_card(_teacher_directory(config)))
     content = frozen(config)
@@ -82,6 +83,35 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
         return _run(config, content, workdir, origin, stop)
 
 
+def described(
+    config: Config,
+    content: dict[str, Any],
+    dataset: Dataset,
+    plan: Plan,
+    objective: Objective,
+    teacher: preflight.Role | None,
+    mesh: Mesh,
+    *,
+    label: str,
+    sharing: int | None = None,
+) -> str:
+    """The pre-flight's text for a config's student under an objective; `preflight.describe` has the rest."""
+    return preflight.describe(
+        dataset,
+        student=("student", content["student"], network_shapes(content["student"], dataset)),
+        teacher=teacher,
+        objective=objective,
+        batch_size=config.recipe.batch_size,
+        steps=plan.steps,
+        steps_per_dispatch=plan.steps_per_dispatch,
+        devices=mesh.size,
+        sharing=sharing,
+        label=label,
+        views=config.teacher.cache.views,
+        room=device_room(config.data, mesh.local_devices[0].memory_stats()),
+    )
+
+
 def _run(
     config: Config, content: dict[str, Any], workdir: Path, origin: Mapping[str, Any], stop: Stop
 ) -> dict[str, Any]:
@@ -93,21 +123,8 @@ def _run(
     plan = Plan.of(config.recipe, config, len(dataset.train.labels))
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
-    say(
-        preflight.describe(
-            dataset,
-            student=("student", content["student"], network_shapes(content["student"], dataset)),
-            teacher=("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None,
-            objective=objective,
-            batch_size=config.recipe.batch_size,
-            steps=plan.steps,
-            steps_per_dispatch=plan.steps_per_dispatch,
-            devices=mesh.size,
-            label=f"{workdir}, seed {config.seed}",
-            views=config.teacher.cache.views,
-            room=device_room(config.data, mesh.local_devices[0].memory_stats()),
-        )
-    )
+    shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
+    say(described(config, content, dataset, plan, objective, shapes, mesh, label=f"{workdir}, seed {config.seed}"))
     keep_compiled(config.compilation_cache)
     student = network_from(content["student"], dataset, seed=student_seed(config.seed))
     if config.init_from:

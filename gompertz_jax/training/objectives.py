@@ -13,9 +13,9 @@ from .. import projections as kinds
 from .. import schedules, terms
 from ..objective import Objective, Progress, Term, agreement, relative_accuracy
 from ..schedules import ByProgress, Schedule
+from .config import Config
 from .errors import RunError
-
-Config = Any  # an ml_collections.ConfigDict
+from .optim import rate_by_step
 
 
 class Loss(NamedTuple):
@@ -214,8 +214,6 @@ def build_objective(config: Config, total_steps: int) -> Objective:
       RunError: an unknown loss or option, a temperature or epsilon that is not positive at some step, a weight that is
         not finite, a projection that is not defined or of another kind, no term at all.
     """
-    from .optim import rate_by_step
-
     rate = rate_by_step(config.recipe, total_steps)
     curve = parse_schedule(config.objective.curve, total_steps, rate=rate, where="objective.curve")
     built, projections = [], {}

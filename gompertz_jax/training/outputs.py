@@ -15,20 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..data_parallel import spread_batch
+from ..data_parallel import copied, spread_batch
 from ..intact import fault
-from ..network import Network
-from ..step import copied, output_shapes
+from ..network import Network, output_shapes
 from ..students import stacked
 from .augment import augmented_view
 from .checkpoint import load_arrays, save_arrays
 from .config import Config, differing_keys
 from .errors import RunError
 from .feed import Images
-from .intact import set_aside
+from .files import read_json, set_aside, write_json, writing
 from .sharding import on_main, replicate, say
 from .teacher import fingerprint
-from .writer import read_json, write_json, writing
 
 OUTPUTS, CARD = "outputs", "card.json"
 _BATCH = 500  # images a forward pass

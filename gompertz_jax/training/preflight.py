@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..network import Network, Outputs, PyTree
+from ..network import Network, Outputs, PyTree, output_shapes
 from ..objective import Objective, Term, evaluate
 from ..projections import init_projections, project, stage_pairs
 from ..record import Leading, NotStored, Record, StoredOutputs, no_pullback
 from ..schedules import ByProgress
-from ..step import output_shapes
 from .data import Dataset
 from .errors import RunError
 from .objectives import corners, sampled

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ..data_parallel import AXIS, COPIED
 from ..network import PyTree
-from .errors import RunError
+from .errors import RunError, first_line
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def connect(
             initialization_timeout=START_SECONDS,
         )
     except Exception as error:  # ValueError where nothing is detected, JAX's and the cluster's own errors elsewhere
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = first_line(error)
         way_out = (
             "start it under Slurm, Kubernetes, Open MPI or on a TPU pod, or give --coordinator, --processes, --process"
             if detect

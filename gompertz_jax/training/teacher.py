@@ -19,8 +19,8 @@ from ..step import make_eval_step
 from .checkpoint import save_arrays
 from .data import Dataset, Split
 from .errors import RunError
+from .files import write_json
 from .sharding import data_mesh, on_main, replicate
-from .writer import write_json
 
 GATE_IMAGES = 5000
 OTHER_NORMALISATION = 0.05  # a teacher that gains this much with the data's normalisation has a wrong one

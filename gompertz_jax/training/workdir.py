@@ -16,8 +16,8 @@ import jax
 
 from .config import OPEN, Config, differing_keys, get_default
 from .errors import RunError
+from .files import read_json, write_json, writing
 from .sharding import on_main, say
-from .writer import read_json, write_json, writing
 
 CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
 

@@ -1,4 +1,4 @@
-"""What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar; and JSON files, whole.
+"""What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar.
 
 With several processes, the metrics and the progress of all but the first are silent: what they know, it knows.
 """
@@ -6,69 +6,20 @@ With several processes, the metrics and the progress of all but the first are si
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from .errors import RunError
+from .files import plain, replace_text, writing
 from .sharding import is_main
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a file system's refusal into the one error that its user reads: a full or read-only disk, mostly.
-
-    Raises:
-      RunError: names the file and the reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); make room, or make it writable, and start again: "
-            "the run goes on from the last checkpoint, which is intact"
-        ) from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old one or the new one, never a part of either.
-
-    Raises:
-      RunError: it cannot be written; the old one is as it was.
-    """
-    temporary = path.with_suffix(path.suffix + ".partial")
-    with writing(path):
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader finds the old one or the new one, never a part of either."""
-    replace_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that `write_json` wrote.
-
-    Raises:
-      RunError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); restore it, or choose another --workdir") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -117,7 +68,7 @@ class MetricsWriter:
         """Append one line with its `step` and `split`. What is not finite becomes null, so that every line is JSON."""
         if self._file is None:
             return
-        line = _plain(line)
+        line = plain(line)
         with writing(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self.lines += 1
@@ -187,7 +138,7 @@ class _Events:
         self._file.close()
 
 
-class Progress:
+class ProgressBar:
     """A bar with ETA on a terminal; elsewhere one plain line every ten seconds or so."""
 
     def __init__(self, label: str, *, step: int, total: int, enabled: bool = True):
@@ -215,7 +166,7 @@ class Progress:
             figures = self._figures(loss, accuracy, images_per_second)
             print(f"{self._label}: step {step:,}/{self._total:,}, ETA {eta}, {figures}", flush=True)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -231,17 +182,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, strings, lists and dicts of them; NaN and infinities become None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | float]]:

@@ -1,0 +1,176 @@
+"""The training state: what it holds, how it begins, and what refuses one that belongs to something else."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from ._checks import check_leaves, checked, positive_count, shown
+from .network import Network, PyTree, output_shapes
+from .objective import Objective, Progress, check_objective
+from .projections import init_projections
+
+HEALTHY = -1
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; everything else is a function of it, the data and the seed.
+
+    Attributes:
+      step: steps taken, int32 scalar.
+      params: the student's parameters.
+      stats: the student's batch statistics.
+      projections: parameters of the objective's projections; trained with the student, never exported.
+      projection_stats: their statistics, what was measured of the teacher among them.
+      progress: how far the student is, where the objective measures it, else empty; see `Progress`.
+      opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
+      average: exponential moving average of `(params, stats)`, or None.
+      failed_term: index of the term that was not finite, else `HEALTHY`; with n terms, n stands for the gradient and
+        n + 1 for the update. Sticky.
+      failed_step: the step at which that happened, else `HEALTHY`.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    stats: PyTree
+    projections: PyTree
+    projection_stats: PyTree
+    progress: PyTree
+    opt_state: PyTree
+    average: PyTree
+    failed_term: Int[Array, ""]
+    failed_step: Int[Array, ""]
+
+    def evaluated(self) -> tuple[PyTree, PyTree]:
+        """The parameters and statistics that are evaluated and exported: the moving average where there is one."""
+        return (self.params, self.stats) if self.average is None else self.average
+
+
+@checked
+def init_state(
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    image_shape: tuple[int, ...],
+    *,
+    teacher: Network | None = None,
+    key: PRNGKeyArray | None = None,
+    moving_average: bool = False,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      student: its arrays are copied, since the step donates the state.
+      optimizer: over the tree `{"student": ..., "projections": ...}`.
+      objective: names the projections.
+      image_shape: `(height, width, channels)`.
+      teacher: needed when the objective has projections.
+      key: random key of the projections; default `jax.random.key(0)`.
+      moving_average: keep an average of the weights.
+
+    Returns:
+      A TrainState at step 0.
+    """
+    check_objective(objective)
+    check_optimizer(optimizer)
+    check_leaves("student", student)
+    check_leaves("teacher", teacher)
+    if len([positive_count("image_shape", side) for side in image_shape]) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
+    projections, projection_stats = {}, {}
+    if objective.projections:
+        if teacher is None:
+            raise ValueError(f"the objective projects {sorted(objective.projections)} onto a teacher: pass teacher=...")
+        key = jax.random.key(0) if key is None else key
+        ours, theirs = output_shapes(student, image_shape), output_shapes(teacher, image_shape)
+        projections, projection_stats = init_projections(objective.projections, ours, theirs, key)
+    params, stats = _copies((student.params, student.stats))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        stats=stats,
+        projections=projections,
+        projection_stats=projection_stats,
+        progress={} if objective.progress is None else objective.progress.start(),
+        # Some optimisers keep the initial weights, as these very arrays, which cannot be donated twice.
+        opt_state=_copies(optimizer.init({"student": params, "projections": projections})),
+        average=_copies((params, stats)) if moving_average else None,
+        failed_term=jnp.full((), HEALTHY, jnp.int32),
+        failed_step=jnp.full((), HEALTHY, jnp.int32),
+    )
+
+
+def _copies(tree: PyTree) -> PyTree:
+    """Arrays of their own, to be donated; of a dtype that is theirs: a weak one would have the step compiled twice."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jax.typeof(leaf).dtype), tree)
+
+
+def progress_of(state: TrainState) -> Array | None:
+    """How far the student is, where that is measured."""
+    return state.progress["progress"] if state.progress else None
+
+
+def check_optimizer(optimizer: optax.GradientTransformation) -> None:
+    """Refuse what has not an optimiser's two functions."""
+    if not callable(optimizer.init) or not callable(optimizer.update):
+        raise TypeError(f"optimizer must have functions init and update, got {shown(optimizer)}")
+
+
+def state_check(
+    student: Network,
+    objective: Objective,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    averages: bool = False,
+) -> Callable[[TrainState], None]:
+    """A function that refuses a state of another form than `init_state` gives it for these, naming the part.
+
+    It is called while a step is traced. Parts that are given without arrays, or are not given, are not compared.
+    """
+    check_leaves("student", student, or_shapes=True)
+    params, stats = jax.eval_shape(lambda *trees: trees, student.params, student.stats)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def check(state: TrainState) -> None:
+        like: dict[str, Any] = {"step": scalar, "failed_term": scalar, "failed_step": scalar}
+        if params is not None:
+            like |= {"params": params, "stats": stats}
+        # One that was made for more than this objective will do, as for the report on a part of it.
+        if objective.progress is not None or jax.tree.leaves(state.progress):
+            like["progress"] = jax.eval_shape(Progress().start)
+        for name, part in like.items():
+            check_form(f"state.{name}", getattr(state, name), part)
+        for name in ("projections", "projection_stats"):
+            found = getattr(state, name)
+            if not isinstance(found, Mapping) or not found.keys() >= objective.projections.keys():
+                told = sorted(objective.projections)
+                raise ValueError(f"state.{name} must be those of the objective's projections {told}, {_MADE}")
+        if optimizer is not None:
+            trained = {"student": state.params, "projections": state.projections}
+            check_form("state.opt_state", state.opt_state, jax.eval_shape(optimizer.init, trained))
+            average = (state.params, state.stats) if averages else None
+            check_form("state.average", state.average, average)
+
+    return check
+
+
+_MADE = "as init_state makes them for this student, objective and optimizer"
+
+
+def check_form(name: str, tree: PyTree, like: PyTree) -> None:
+    """Refuse a tree of other shapes or kinds of numbers."""
+    found, wanted = ({path: leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, like))
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        differing = [*(found.keys() ^ wanted.keys())][:1]
+        place = f", which differ at {name}{jax.tree_util.keystr(differing[0])}" if differing else ""
+        raise ValueError(f"{name} must have the arrays {_MADE}{place}")
+    for path, leaf in wanted.items():
+        got, kind = found[path], jnp.floating if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        if got.shape != leaf.shape or not jnp.issubdtype(got.dtype, kind):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must be {leaf.dtype} {leaf.shape}, {_MADE}, "
+                f"got {got.dtype} {got.shape}"
+            )
