@@ -21,7 +21,7 @@ flags.mark_flag_as_required("config")
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parse flags; a key that the config does not have is told in one line."""
+    """Parse flags; a key that the config does not have is reported in one line."""
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, OSError) as error:
@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Run the experiment that the flags name."""
-    logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and what fails with tracebacks
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and failures with tracebacks
     if arguments[1:]:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
     file, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)

@@ -1,4 +1,4 @@
-"""How a benchmark drives programs in processes of their own: one JSON line in, one JSON line out, asleep in between.
+"""How a benchmark drives programs in separate processes: one JSON line in, one JSON line out, asleep in between.
 
 Standard library only, so that both ends run in any interpreter, whatever is installed there.
 """
@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A script that `serve`s, in a process of its own; a context manager that ends it."""
+    """A script that `serve`s, in a separate process; a context manager that ends it."""
 
     def __init__(self, interpreter: str, script: str, environment: Mapping[str, str]):
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
-        # Closing its input ends it, and gives it the time to end processes of its own.
+        # Closing its input ends it, and gives it time to end its own processes.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.communicate(timeout=10 if kind is None else 1)
         self._process.kill()
@@ -105,7 +105,7 @@ def _clocks() -> tuple[float, float]:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held since it began or was last reset, in bytes; None where nobody tells."""
+    """The most memory this process has held since it began or was last reset, in bytes; None if not known."""
     try:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -3,10 +3,10 @@
     python benchmarks/compare.py                        # 8 arms of soft targets, resnet56 -> resnet20, batch 64
     python benchmarks/compare.py --layouts map,vmap --arms 4 --json compare.json
 
-Every arm is CE + KD under another constant. Timed alternately, each by its seconds a step: "one program", all arms by
+Every arm is CE + KD under another constant. Timed alternately, each by its seconds per step: "one program", all arms by
 `make_comparison_step` in each layout; "separate", a step of `make_train_step` by each arm, one after another;
-"teacher", its forward pass alone; "student", a step of the student on soft targets that are there. The least that a
-comparison can cost is teacher + arms x student. Compilation is told apart.
+"teacher", its forward pass alone; "student", a step of the student on given soft targets. The least that a comparison
+can cost is teacher + arms x student. Compilation is reported separately.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/first_step.py
     python benchmarks/first_step.py --pairs resnet56-resnet20 --repetitions 3 --json first_step.json
 
-Each start is a process of its own. A cold one has an empty compilation cache, a warm one that of the cold one before
+Each start is a separate process. A cold one has an empty compilation cache, a warm one the cache of the cold one before
 it. The seconds are from the start of the process, imports and initial weights included; `first step` is the first call
 of the compiled step alone: tracing, compiling or loading, and one step of a batch of 64 under the full objective.
 """

@@ -6,10 +6,10 @@
 Hypothesis draws them. A config is a small one in which up to three keys have other values, other types, are gone, or
 are new; it goes through `train_and_evaluate` up to the first work. A call is one of a function that `gompertz_jax`
 exports, or of one that such a function returned (a schedule, a step), with legal arguments but for one to three, which
-are replaced, or malformed in a part; it is traced, not run. Legal by chance is counted as accepted, and a function that
-was given and raises by itself is counted apart. All else must be refused within seconds: a config with a RunError, a
-call with a ValueError or TypeError, raised by the code of this package, whose message names a changed key or argument,
-or the part of it. Everything else is listed, and it ends with 1.
+are replaced, or malformed in a part; it is traced, not run. What is legal by chance counts as accepted; an error raised
+by a function that was passed in is counted separately. All else must be refused within seconds: a config with a
+RunError, a call with a ValueError or TypeError, raised by the code of this package, whose message names a changed key
+or argument, or the part of it. Everything else is listed, and the exit status is then 1.
 """
 
 import argparse

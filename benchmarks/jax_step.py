@@ -49,13 +49,14 @@ def make_weights(task, path):
 def rolled(batch, step):
     """The batch in another order at every step, which changes no loss.
 
-    Of one and the same batch the compiler would take the frozen teacher's passes out of the loop over the steps.
+    With the same batch at every step the compiler would take the frozen teacher's passes out of the loop over the
+    steps.
     """
     return {name: jnp.roll(values, step, 0) for name, values in batch.items()}
 
 
 def make_images(key, batch):
-    """Random images with structure on every scale: of mere noise, all maps and input gradients would look alike."""
+    """Random images with structure on every scale: for pure noise, all maps and input gradients would look alike."""
     total = 0.0
     for index, size in enumerate((2, 4, 8, 16, 32)):
         field = jax.random.normal(jax.random.fold_in(key, index), (batch, size, size, IMAGE_SHAPE[2]))
@@ -97,7 +98,7 @@ def make_network(task, role, arrays):
 
 
 def without_loops(network):
-    """A network that is not told that it is frozen: of a loop over its blocks XLA would count one turn."""
+    """A network without the hint that it is frozen: XLA would count only one turn of a loop over its blocks."""
 
     def apply(params, stats, images, *, train, key=None, offsets=None):
         return network.apply(params, stats, images, train=train, key=key, offsets=offsets)
@@ -225,7 +226,7 @@ class Program:
 
 
 def peak():
-    """Of the accelerator's allocator, or of resident memory."""
+    """From the accelerator's allocator, or resident memory."""
     statistics = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     return statistics["peak_bytes_in_use"] if statistics else peak_memory()
 

@@ -6,8 +6,8 @@
 One run is left alone. Others are started by the same `python train.py` command and killed (SIGKILL) after a time drawn
 uniformly from 0 to as long as the run that was left alone took from warm caches; each is started again until it ends,
 and its results, metrics, parameters, optimiser state and best weights are compared. After every tenth kill a compiled
-program in the cache is cut in half, as a kill may leave it. What the killed process was doing is told by what it left:
-its last words and the files in its workdir.
+program in the cache is cut in half, as a kill may leave it. What the killed process was doing is inferred from what it
+left: its last output and the files in its workdir.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def finish(directory, workdir, cache):
 
 
 def main():
-    """Print a line a kill and the sum; exit with 1 where anything differs."""
+    """Print a line per kill and the sum; exit with 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

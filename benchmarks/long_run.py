@@ -5,8 +5,8 @@
 
 Soft targets on the smallest networks, digits, through the whole loop: metrics at every step, an evaluation and a
 checkpoint every two epochs of 83 steps. A line is measured between two dispatches, while a checkpoint may be under way.
-What grows with the steps shows as the difference between the two halves: it ends with 1 where the device's bytes or the
-open files at most grew at all, or the host's memory on the average by more than 2 %.
+What grows with the steps shows as the difference between the two halves: the exit status is 1 if the maximum of the
+device's bytes or of the open files grew at all, or the mean of the host's memory by more than 2 %.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the training loop delivers of the bare compiled step, evaluation and checkpoints included.
+"""How much of the bare compiled step's speed the training loop delivers, evaluation and checkpoints included.
 
     python benchmarks/loop.py
     python benchmarks/loop.py --teacher resnet56 --student resnet20 --images 2560 --rounds 3 --json loop.json
@@ -69,7 +69,7 @@ def experiment(options):
 
 
 def bare(config, plan, objective, teacher, student, data, mesh):
-    """`images per second of n dispatches` of the compiled step; it goes on with one state."""
+    """`images per second of n dispatches` of the compiled step; it keeps one state throughout."""
     rate = learning_rate(config.recipe, steps_per_epoch=plan.steps_per_epoch)
     optimizer = make_optimizer(config.recipe, rate)
     feed = Feed(
@@ -105,7 +105,7 @@ def bare(config, plan, objective, teacher, student, data, mesh):
 
 
 def main():
-    """Print a line a round and the median; write them as JSON on request."""
+    """Print a line per round and the median; write them as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="resnet20")
     parser.add_argument("--student", default="resnet8")

@@ -3,11 +3,11 @@
     python benchmarks/outputs.py
     python benchmarks/outputs.py --cases digits --repetitions 7 --json outputs.json
 
-Both sides see the same views of the same images; one runs the teacher in every step, the other reads what it said. They
-take turns, one dispatch each. Storing is timed whole (compiling, the teacher on every image of every view, the files
-with their sums, reading them) and one view's pass of the teacher by itself; what is not the passes is taken to be the
-same for any number of images. With both, the epochs after which it has paid are worked out for whole training sets.
-Weights are fresh and CIFAR's images are noise: nothing here depends on what they show.
+Both sides see the same views of the same images; one runs the teacher in every step, the other reads its stored
+outputs. They take turns, one dispatch each. Storing is timed whole (compiling, the teacher on every image of every
+view, the files with their sums, reading them) and one view's pass of the teacher by itself; all but the passes is
+assumed to take the same time for any number of images. From both, the epochs after which storing pays are computed for
+whole training sets. Weights are fresh and CIFAR's images are noise: nothing here depends on what they show.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def measure(case, repetitions):
 
 
 def main():
-    """Print a line a case; write them as JSON on request."""
+    """Print a line per case; write them as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--repetitions", type=int, default=7)

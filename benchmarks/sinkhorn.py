@@ -5,8 +5,8 @@
 
 Two clouds of n normal points in 64 dimensions, one of them shifted; regularisation relative to the mean cost. POT
 stops by another norm than ours: it gets the loosest tolerance at which the marginals of its plan are off by no more
-than `--threshold` in sum, as ours. The sides take turns; a cell is the median milliseconds a call with the fastest and
-slowest repetition.
+than `--threshold` in sum, as ours. The sides take turns; a cell is the median milliseconds per call with the fastest
+and slowest repetition.
 """
 
 import argparse

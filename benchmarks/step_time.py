@@ -3,20 +3,19 @@
     python benchmarks/step_time.py                                                   # every cell; hours on two cores
     python benchmarks/step_time.py --pairs resnet56-resnet20 --rows full --batches 128
     python benchmarks/step_time.py --torch-python ../torch/bin/python                # PyTorch lives in another place
-    python benchmarks/step_time.py --json step_time.json --resume                    # go on where a run was broken off
+    python benchmarks/step_time.py --json step_time.json --resume                    # resume an interrupted run
     python benchmarks/step_time.py --rows full --roofline                            # and what bounds our program
 
 A step is augmentation-free: both forward passes, the row's terms, their gradient, and SGD with Nesterov momentum and
 weight decay, on one batch of 32x32x3 images that stays on the device. Rows: the student alone (cross-entropy), with
 soft targets, with transport of the last maps or matched input gradients besides, and the full objective.
 
-Each side of a cell is a process of its own; they take turns, one repetition each, while the others sleep, so that a
-drift of the machine falls on all. `images/s` is the median over the repetitions; a ratio is the median of those of
+Each side of a cell is a separate process; they take turns, one repetition each, while the others sleep, so that a drift
+of the machine falls on all. `images/s` is the median over the repetitions; a ratio is the median of those of
 neighbouring repetitions, with the smallest and the largest: above 1, this package is faster. `MiB` is the peak while
 stepping, of resident memory, and `+` what compiling adds to it; on an accelerator the allocator's, ours since the
-process began. `others`
-is how many cores other programs kept busy meanwhile: a figure with more than a tenth is marked `?`, for sharing the
-cores slows the sides unequally (PyTorch's threads wait for each other at every operation).
+process began. `others` is how many cores other programs kept busy meanwhile: a figure with more than a tenth is marked
+`?`, for sharing the cores slows the sides unequally (PyTorch's threads wait for each other at every operation).
 
 Before anything is timed, the raw losses and the norm of the gradient are compared over the first steps on the same
 weights and images; a cell in which eager PyTorch differs by more than `TOLERANCES` is marked DIFFERS, and the exit
@@ -53,7 +52,7 @@ ROWS = {
 }
 WEIGHTS = {"ce": 1.0, "kd": 1.0, "wasserstein": 4.0, "gradient": 0.7}
 
-# What both sides are told; epsilon to pool are this package's own defaults.
+# What both sides are given; epsilon to pool are this package's own defaults.
 TASK = {
     "classes": 100,
     "mean": 0.5,
@@ -100,7 +99,7 @@ def our_side(dtype="float32", **variables):
 
 
 def torch_side(options, folder):
-    # An own folder for compiled code, so that each cell pays for its compilation.
+    # A separate folder for compiled code, so that each cell pays for its compilation.
     environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor")}
     return Worker(options.torch_python, os.path.join(HERE, "torch_step.py"), environment)
 
@@ -163,7 +162,7 @@ def alternate(sides, steps, repetitions, cell):
 
 
 def machine_cpu_seconds():
-    """CPU seconds that the whole machine has worked, or that were stolen from it; None where nobody tells."""
+    """CPU seconds that the whole machine has worked, or that were stolen from it; None where that is not known."""
     try:
         with open("/proc/stat") as lines:
             user, nice, system, _, _, interrupt, soft_interrupt, stolen = map(int, next(lines).split()[1:9])
@@ -249,7 +248,7 @@ def memory_text(prepared, finished):
 def roofline_text(cell):
     """How near the step is to what the machine can do, by the compiler's count and peaks that were measured here.
 
-    The traffic is at least this: on a GPU what a library's kernel reads is not counted, and of a loop one turn is.
+    The traffic is at least this: on a GPU what a library's kernel reads is not counted, and only one turn of a loop is.
     """
     counted, peaks = cell["prepared"]["ours"], cell["roofline"]
     arithmetic, traffic = counted["flops"] / peaks["flops_per_second"], counted["bytes"] / peaks["bytes_per_second"]

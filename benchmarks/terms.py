@@ -4,7 +4,7 @@
     python benchmarks/terms.py --pair resnet20-resnet8 --batch 64 --repetitions 3 --json terms.json
 
 The steps are those of step_time.py, on the same weights, batch statistics and images, all in one process, where they
-take turns: a dispatch of each a round, so that a drift of the machine falls on all. `/ KD` is the median over the
+take turns: a dispatch of each per round, so that a drift of the machine falls on all. `/ KD` is the median over the
 rounds of a step's seconds over the KD step's in the same round, with the smallest and largest; `flops / KD` the same of
 the operations that XLA counts before it compiles, in which Sinkhorn's loop counts as one turn. The last rows are a full
 step of a run that measures its terms' gradients: one at which they are measured (`term_gradients_every=1`), and one at

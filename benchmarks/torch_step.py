@@ -354,7 +354,7 @@ class Step:
         terms, clouds = self.terms(*(self.images.detach().requires_grad_(self.matching) for _ in range(2)))
         if clouds is not None:
             terms["wasserstein"] = transport(*clouds, self.task, self.iterate)
-        # Not also to the images, which only the inner gradient is about.
+        # Not with respect to the images too, which only the inner gradient needs.
         sum(weight * terms[name] for name, weight in self.weights.items()).backward(inputs=self.parameters)
         self.optimizer.step()
         return terms

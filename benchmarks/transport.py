@@ -4,9 +4,9 @@
     python benchmarks/transport.py --repetitions 3 --json transport.json
 
 Value and gradient at batch 128. A per-image form compares 64 points in 64 dimensions with 64 others, of every image; a
-batch form 128 points, one an image, with 10 classes; WKD-L the probabilities of 100 classes. All points are normal,
+batch form 128 points, one per image, with 10 classes; WKD-L the probabilities of 100 classes. All points are normal,
 the teacher's shifted by .3; `--matched` moves each of them by that share of the way to the student's of the same index.
-The programs take turns; a cell is the median of the repetitions with the fastest and slowest. Health is of one
+The programs take turns; a cell is the median of the repetitions with the fastest and slowest. Health is that of one
 evaluation: the share of problems that converged, the largest number of iterations and the largest marginal error.
 """
 

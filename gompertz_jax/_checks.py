@@ -1,4 +1,4 @@
-"""Which arguments are legal: types, shapes and ranges, and the words in which others are refused.
+"""Which arguments are legal: types, shapes and ranges, and the messages that refuse others.
 
 A number that is known before tracing (a Python or NumPy number, a concrete array) is checked and becomes a Python
 float, so that no closure captures an array. A traced number (a schedule evaluated inside the step, a parameter that is
@@ -37,14 +37,14 @@ R = TypeVar("R")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Hold what a public function is given to its annotations, argument by argument, before anything is computed.
+    """Check a public function's arguments against its annotations, one by one, before anything is computed.
 
-    Of an array's annotation that is what concerns it alone: that it is an array, of floats or integers, not empty, and
-    of how many axes. How shapes fit together the function says itself; numbers are `finite_number`'s and
-    `positive_count`'s.
+    For an array, only what concerns it alone is checked: that it is an array of floats or integers, that it is not
+    empty, and its number of axes. The function itself checks how shapes fit together; `finite_number` and
+    `positive_count` check numbers.
 
     Raises:
-      TypeError: an argument is of another type or dtype.
+      TypeError: an argument has another type or dtype.
       ValueError: an array is empty or has another number of axes.
     """
     signature = inspect.signature(function)
@@ -60,10 +60,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def compiled(function: Callable[P, R], **options: Any) -> Any:
-    """`jax.jit(function, **options)`, `checked`, with JAX's own refusal of an argument put into our words.
+    """`jax.jit(function, **options)`, `checked`, with JAX's own refusal of an argument in our words.
 
-    What JAX cannot take it refuses before the function, and with it the check, is traced. So the check is made once
-    more, of the trees' leaves, too, where a call has failed: one that goes well costs nothing.
+    JAX refuses what it cannot take before the function, and with it the check, is traced. So after a call has failed
+    the check is repeated, on the trees' leaves too; a call that succeeds costs nothing.
     """
     signature = inspect.signature(function)
     function = checked(function)
@@ -74,7 +74,7 @@ def compiled(function: Callable[P, R], **options: Any) -> Any:
         try:
             return program(*args, **kwargs)
         except jax.errors.JaxRuntimeError:
-            raise  # the program ran: what it was given was taken, and what it was given may be donated by now
+            raise  # the program ran: its arguments were accepted, and may be donated by now
         except Exception:
             try:
                 for name, value in signature.bind(*args, **kwargs).arguments.items():
@@ -89,7 +89,7 @@ def compiled(function: Callable[P, R], **options: Any) -> Any:
 
 
 def check_fields(instance: Any) -> None:
-    """`checked` for a dataclass: hold its fields to their annotations.
+    """`checked` for a dataclass: check its fields against their annotations.
 
     Raises:
       TypeError, ValueError: as `checked`.
@@ -99,10 +99,10 @@ def check_fields(instance: Any) -> None:
 
 
 def check_leaves(name: str, tree: Any, *, or_shapes: bool = False) -> None:
-    """Refuse a tree of which JAX cannot make arrays, by the place in it; or, where that will do, take their shapes.
+    """Refuse a tree whose leaves are not arrays to JAX (or, with `or_shapes`, shapes), naming the place in it.
 
     Raises:
-      TypeError: a leaf is no array of numbers, or the tree's keys or static parts cannot be compared.
+      TypeError: a leaf is not an array of numbers, or the tree's keys or static parts cannot be compared.
       ValueError: an array was donated.
     """
     try:
@@ -202,7 +202,7 @@ def _in_words(option: Any) -> str:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether the value is known only inside a transformation, so that nothing can be asked of it."""
+    """Whether the value is known only inside a transformation, so that it cannot be inspected."""
     return isinstance(value, Tracer)
 
 
@@ -231,8 +231,8 @@ def finite_number(
     """Check a scalar argument and return it as a Python float; a traced one is returned as it is.
 
     Raises:
-      TypeError: if `value` is no real number.
-      ValueError: if it is no scalar, or is concrete and not finite or not accepted.
+      TypeError: if `value` is not a real number.
+      ValueError: if it is not a scalar, or is concrete and not finite or not accepted.
     """
     if not _is_real(value):
         raise TypeError(f"{name} must be {legal}, got {shown(value)}")

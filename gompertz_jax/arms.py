@@ -1,7 +1,7 @@
 """The arms of a comparison: named changes of a config's objective, as data, and the config that each makes.
 
-An arm keeps some of the config's distillation terms and changes the curve that stands over them. `{curve}` is the
-config's own. A new arm is one more entry of `ARMS`; an arm that is more than that is a config of its own.
+An arm keeps some of the config's distillation terms and changes the curve over them. `{curve}` is the config's own. A
+new arm is one more entry of `ARMS`; an arm that changes more is a separate config.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def arm(config: Config, name: str) -> Config:
     """The config with the objective of an arm of `ARMS`.
 
     Raises:
-      RunError: there is no such arm, or the config's objective has not what it needs.
+      RunError: there is no such arm, or the config's objective lacks what it needs.
     """
     if name not in ARMS:
         raise RunError(
@@ -92,7 +92,7 @@ def arm(config: Config, name: str) -> Config:
 
 
 def about(config: Config, name: str, of_arm: Config) -> str:
-    """What an arm is, in words; a config of its own may have the name of a known arm and be another thing."""
+    """What an arm is, in words; a separate config may have the name of a known arm and be something else."""
     with contextlib.suppress(RunError):
         if arm(config, name).objective == of_arm.objective:
             return ARMS[name].about

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand; what its user can change is told in one line."""
+    """Run one subcommand; what its user can change is reported in one line."""
     parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_import_torch(commands)

@@ -53,12 +53,12 @@ from .training.writer import METRICS, read_metrics
 
 
 class Cohort(NamedTuple):
-    """The students that are to be trained.
+    """The students to train.
 
     Attributes:
       config: what they have in common.
       arms: each arm's config, in order.
-      seeds: of which every arm has one student each.
+      seeds: every arm has one student for each.
       layout: see `students.make_comparison_step`.
       content: all of it as JSON.
     """
@@ -135,7 +135,7 @@ class Trained(NamedTuple):
     mesh: Mesh
 
     def results(self, workdir: Path, tested: Tested | None = None) -> dict[str, Any]:
-        """What is known of all students, and without `tested` nothing of the test images."""
+        """What is known about all students; without `tested`, nothing about the test images."""
         lines = read_metrics(workdir / METRICS)
         curves = _curves(lines)
         cohort, held = self.cohort, self.dataset.validation
@@ -203,7 +203,7 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[li
 
 
 def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
-    """Train every arm with every seed; goes on from the newest checkpoint."""
+    """Train every arm with every seed, resuming from the newest checkpoint."""
     config, content, mesh = cohort.config, cohort.content, data_mesh()
     sharing = mesh.size if divides(cohort.layout) else 1  # the devices that share a batch
     check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
@@ -385,7 +385,7 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
 
 
 def schedule_rows(objective: Objective, config: Config, steps: int) -> dict[str, dict[str, Any]]:
-    """Every term's weight in numbers: at the start, midway, at the end, its mean, and that by the learning rate."""
+    """Every term's weight at the start, midway and at the end, its mean, and its mean weighted by the learning rate."""
     rates = np.asarray(rate_by_step(config.recipe, steps)(np.arange(steps)), np.float64)
     rows = {}
     for term in objective.terms:

@@ -37,13 +37,13 @@ def compare(
     baseline: str = "",
     layout: str = "devices",
 ) -> dict[str, Any]:
-    """Train every arm with every seed, or go on with it where it stopped, and compare.
+    """Train every arm with every seed, or resume where training stopped, and compare.
 
     Args:
       config: what is common to all arms: data, networks, recipe, teacher.
-      workdir: where everything is kept; a comparison that is there is continued.
+      workdir: where everything is kept; an existing comparison is continued.
       arms: name -> config, whose objective is the arm's; `arms.arm` makes one by its name.
-      seeds: how many, from the config's `seed` on.
+      seeds: how many, starting at the config's `seed`.
       baseline: the arm that the others are compared with; "": `matched` where it is among the arms, else `student`.
       layout: see `gompertz_jax.students.make_comparison_step`.
 
@@ -51,8 +51,8 @@ def compare(
       The content of results.json.
 
     Raises:
-      RunError: something its user can change; mostly before any work is done.
-      Stopped: SIGTERM or SIGINT came, and what was under way is saved.
+      RunError: something the user can change; mostly before any work is done.
+      Stopped: SIGTERM or SIGINT came; the work in progress is saved.
     """
     workdir = Path(workdir).expanduser()
     arms = with_student(config, arms)
@@ -73,7 +73,7 @@ def compare(
 
 
 def _conclude(workdir: Path, results: dict[str, Any], baseline: str) -> dict[str, Any]:
-    """Compare with the baseline, write the table and the picture, and then the results: a comparison is finished."""
+    """Compare with the baseline, write the table and the picture, and last the results, which mark it as finished."""
     results = results | {"comparison": report.compared(results, baseline)}
     text = report.as_markdown(results)
     report.save(report.comparison_figure(results), workdir / "comparison.png")

@@ -2,7 +2,7 @@
 
 The step is written for one device. Under `jax.jit` XLA's partitioner makes the program of each device from it, once the
 batch is declared to be spread; means over the batch (losses, BatchNorm) become means over the global batch by
-themselves. What the partitioner would do badly is said here.
+themselves. What the partitioner would do badly is written out here.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,16 +48,16 @@ def spread_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, 
 
 
 def per_image(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What runs a function of per-image arrays on each device's images alone; see `Record.per_image`.
+    """A wrapper that runs a function of per-image arrays on each device's images alone; see `Record.per_image`.
 
-    The partitioner would gather the whole batch for a loop over its images, or meet in every iteration to ask whether
-    all of them are done.
+    The partitioner would gather the whole batch for a loop over its images, or synchronise the devices in every
+    iteration to check whether all of them are done.
     """
     return _mapped(mesh, SPREAD)
 
 
 def whole_batch(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What runs a function on the gathered batch, the same on every device; see `Record.whole_batch`."""
+    """A wrapper that runs a function on the gathered batch, the same on every device; see `Record.whole_batch`."""
     return _mapped(mesh, COPIED)
 
 

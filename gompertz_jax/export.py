@@ -1,6 +1,6 @@
-"""The student of a run, alone and ready for use elsewhere: a program or its weights in a format of others, with a card.
+"""The student of a run, alone and ready for use elsewhere: a program, or weights in a common format, with a card.
 
-The run's workdir is only read, and its lock is not taken: a run that is still going can be exported from.
+The run's workdir is only read, and its lock is not taken: a run in progress can be exported from.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Student(NamedTuple):
     Attributes:
       network: with its normalisation.
       spec: `model`, `options` and `dtype`.
-      step: at which it was saved; None for the network that a finished run selected.
+      step: the step at which it was saved; None for the network that a finished run selected.
       accuracy: fractions that the run itself recorded, by name.
     """
 
@@ -64,9 +64,9 @@ def read_student(workdir: Path, dataset: Dataset, *, step: int | None = None) ->
     """The student of a run, finished or not.
 
     Args:
-      workdir: of the run.
+      workdir: the run's.
       dataset: that of its config.
-      step: of a checkpoint; None for the network that the run selected, or while it goes on, for its newest checkpoint.
+      step: of a checkpoint; None for the network that the run selected or, during the run, for its newest checkpoint.
 
     Returns:
       The student, with the moving average as its weights where the run keeps one.
@@ -121,25 +121,25 @@ def export_student(
 
     "stablehlo" is a program that `jax.export.deserialize(bytes).call(images)` runs without this package, for any batch
     size, on CPU, CUDA, ROCm and TPU: images `[B, H, W, C]` float32 -> logits `[B, K]`. "onnx" is a graph of the same
-    form, for onnxruntime; it is written by jax2onnx, which is installed apart. "safetensors" and "torch" hold the
+    form, for onnxruntime; it is written by jax2onnx, which is installed separately. "safetensors" and "torch" hold the
     weights under PyTorch's names: RepDistiller's, or torchvision's for the "imagenet" stem.
 
-    What was written is read again, and its logits on real images are compared, before it gets its name.
+    What was written is read back, and its logits on real images are compared, before it gets its name.
 
     Args:
-      workdir: of a run, which may still be going; it is only read.
-      out: the directory to write; None for `WORKDIR/export/FORMAT-STEP`. It must not be there.
+      workdir: of a run, which may still be in progress; it is only read.
+      out: the directory to write; None for `WORKDIR/export/FORMAT-STEP`. It must not exist.
       format: "stablehlo", "onnx", "safetensors" or "torch".
-      step: of a checkpoint; None for the network that the run selected, or while it goes on, for its newest checkpoint.
-      fold_normalisation: of a program: it normalises, and takes images in [0, 1]. Weights alone cannot: the
+      step: of a checkpoint; None for the network that the run selected or, during the run, for its newest checkpoint.
+      fold_normalisation: for programs: the program normalises, and takes images in [0, 1]. Weights alone cannot: the
         zeros with which convolutions pad stand for the mean only after normalisation.
 
     Returns:
       The directory.
 
     Raises:
-      RunError: an unknown format, or one whose writer is not installed; nothing to export; a directory that is there;
-        logits that do not agree.
+      RunError: an unknown format, or one whose writer is not installed; nothing to export; a directory that exists
+        already; logits that do not agree.
     """
     workdir = Path(workdir).expanduser()
     if format not in FORMATS:
@@ -213,7 +213,7 @@ def export_student(
 
 
 def _check_onnx(dtype: str) -> None:
-    """Refuse what cannot be converted before anything is."""
+    """Refuse what cannot be converted, before anything is converted."""
     if lacking := [name for name in ("jax2onnx", "onnx", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise RunError(
             f"format 'onnx' needs {' and '.join(lacking)}: {export_onnx.INSTALL} (without its dependencies, since it "
@@ -224,7 +224,7 @@ def _check_onnx(dtype: str) -> None:
 
 
 def _without_folders(value: Any) -> Any:
-    """A config for others to read: of every absolute path in it its last part is left."""
+    """A config for others to read: only the last part of every absolute path in it is kept."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, str):
@@ -240,7 +240,7 @@ def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _logits(network: Network, fold: bool) -> Function:
-    # Without `forward` the images are those that are normalised already.
+    # Unless it is folded in, the images come normalised already.
     plain = network if fold else network.replace(mean=np.float32(0), std=np.float32(1))
     return lambda images: plain.forward(images, train=False)[0].logits
 

@@ -1,4 +1,4 @@
-"""A network's logits as an ONNX graph, by jax2onnx, which is imported here alone and when it is asked for."""
+"""A network's logits as an ONNX graph, by jax2onnx, which is imported only here and only when needed."""
 
 import functools
 import logging
@@ -30,7 +30,7 @@ def write_onnx(file: Path, logits: Callable[[Any], Any], image_shape: tuple[int,
 
     logger = logging.getLogger("onnx_ir")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of every value whose type it leaves out
+    logger.setLevel(logging.ERROR)  # it warns about every value whose type it leaves out
     try:
         model = to_onnx(
             portable(logits),
@@ -45,7 +45,7 @@ def write_onnx(file: Path, logits: Callable[[Any], Any], image_shape: tuple[int,
 
 
 def read_onnx(file: Path) -> Callable[[Any], np.ndarray]:
-    """What a graph computes, by onnxruntime on the CPU.
+    """The function that a graph computes, by onnxruntime on the CPU.
 
     Raises:
       ImportError: onnxruntime is not installed.
@@ -59,8 +59,9 @@ def read_onnx(file: Path) -> Callable[[Any], np.ndarray]:
 def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays to one array, without what the converter cannot express.
 
-    It has no rule for `platform_index`, by which the convolutions choose their form: the one for any platform is taken.
-    Its maximum over windows has as many axes as the array, of which onnxruntime takes three: slices are compared.
+    It has no rule for `platform_index`, by which the convolutions choose their form, so the one for any platform is
+    taken. Its maximum over windows has as many axes as the array, of which onnxruntime accepts three, so slices are
+    compared.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Whether what was saved is still what was saved: a list of SHA-256 sums in each directory of arrays.
+"""Whether saved files are still as they were saved: a list of SHA-256 sums in each directory of arrays.
 
-Orbax loads some damaged files without a word. So every directory gets a list of its files in the form of `sha256sum`,
-written once Orbax has renamed the directory into place and compared before anything in it is read. The directory is
-whole with its list, and not before: `cd DIRECTORY && sha256sum -c SHA256SUMS` says the same.
+Orbax loads some damaged files without an error. So every directory gets a list of its files in the form of `sha256sum`,
+written once Orbax has renamed the directory into place and compared before anything in it is read. A directory counts
+as whole only once it has its list; `cd DIRECTORY && sha256sum -c SHA256SUMS` makes the same check.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ SUMS = "SHA256SUMS"
 
 
 def sums(directory: Path) -> str:
-    """The list of a directory's files, each of which is brought to the disk itself."""
+    """The list of a directory's files, each of which is first synced to the disk."""
     return "".join(
         f"{_sha256(path, sync=True)}  {path.relative_to(directory).as_posix()}\n" for path in _files(directory)
     )

@@ -31,11 +31,11 @@ class Outputs(NamedTuple):
 
 
 def check_outputs(name: str, outputs: Any, batch: Any) -> None:
-    """Refuse what is not a network's outputs on a batch of so many images.
+    """Refuse anything that is not a network's outputs on `batch` images.
 
     Raises:
-      TypeError: it is no Outputs.
-      ValueError: an array of it has another form.
+      TypeError: it is not an Outputs.
+      ValueError: one of its arrays has the wrong shape or dtype.
     """
     if not isinstance(outputs, Outputs) or not isinstance(outputs.features, tuple | list):
         raise TypeError(f"{name} must be gompertz_jax.Outputs of arrays, got {shown(outputs)}")
@@ -52,7 +52,7 @@ def check_outputs(name: str, outputs: Any, batch: Any) -> None:
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "stats", "mean", "std"], meta_fields=["apply"])
 @dataclass(frozen=True)
 class Network:
-    """A network as data: a pure `apply` and the arrays it reads. Any framework fits behind it.
+    """A network as data: a pure `apply` and the arrays it reads. Any framework can stand behind it.
 
     `apply(params, stats, images, *, train, key=None) -> (Outputs, stats)` reads images that are already normalised.
     Callers that hold common images in [0, 1] go through `forward`, which normalises by this network's own `mean` and
@@ -61,12 +61,13 @@ class Network:
     A Network is a pytree whose leaves are its arrays (`apply` is static), so it can be an argument of `jax.jit`.
 
     For gradients at a stage, `apply` also takes `offsets=None`: a tuple with one entry per map of `Outputs.features`,
-    each an array of that map's shape or None for none. It adds an offset to its map right where that map is recorded,
-    so that all that follows sees the sum, and `features` holds it. The derivative by an offset, at zero, is then the
-    gradient at that map. The networks of `gompertz_jax.models` take offsets; for any other loss no network needs to.
+    each an array of that map's shape or None for none. It adds each offset to its map where that map is recorded, so
+    that all later layers see the sum, and `features` holds it. The derivative with respect to an offset, at zero, is
+    then the gradient at that map. The networks of `gompertz_jax.models` take offsets; losses without gradients at a
+    stage do not need them.
 
-    `apply` may also take `frozen=False`. True says that its arrays are constants of the program, as a teacher's are in
-    the step of its student: a network may then take the form that compiles and loads fastest, with the same outputs.
+    `apply` may also take `frozen=False`. True declares its arrays constants of the program, as a teacher's are in its
+    student's step: the network may then use the form that compiles and loads fastest, with the same outputs.
 
     Attributes:
       apply: the pure function above; `stats` comes back unchanged when `train` is False.
@@ -109,7 +110,7 @@ class Network:
     std: Any
 
     def __post_init__(self):
-        # The arrays may be anything that a transformation puts in their place; `apply` is never one of them.
+        # JAX transformations may put anything in place of the arrays; `apply` is static, so it can be checked.
         if not callable(self.apply):
             raise TypeError(f"a network's apply must be a function, got {shown(self.apply)}")
 
@@ -126,9 +127,10 @@ class Network:
         """Apply the network to common images in [0, 1], normalised by its own mean and std.
 
         Raises:
-          TypeError: mean or std is no array of numbers, or `apply` returns something else than Outputs.
-          ValueError: the images are integers, or have other channels than mean and std; `offsets` has not one entry per
-            map, or `apply` does not take it, or fails with these params, stats and images; it is to train frozen.
+          TypeError: mean or std is not an array of numbers, or `apply` does not return Outputs.
+          ValueError: the images are integers, or their channels do not match mean and std; `offsets` does not have one
+            entry per map, or `apply` does not take it; `apply` fails with these params, stats and images; `train` and
+            `frozen` are both set.
         """
         if train and frozen:
             raise ValueError("frozen: in training mode a network's statistics change; give train=False with it")
@@ -136,7 +138,7 @@ class Network:
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 images by 255")
         images = (images - self._per_channel("mean", images)) / self._per_channel("std", images)
         options: dict[str, Any] = {"train": train, "key": key}
-        # A hint is for those alone that name it: a wrapper of **keywords may hand on to a function that does not.
+        # Passed only to an `apply` that names it: a wrapper with **keywords may call a function that does not.
         if frozen and "frozen" in self._parameters():
             options["frozen"] = True
         if offsets is None:

@@ -30,14 +30,14 @@ class Term(NamedTuple):
       name: how the term is logged; unique within an objective.
       weight: step -> coefficient, or `by_progress(...)`.
       loss: `loss(record, **scheduled)` -> one value per example (or per class, or for the whole batch: the term is
-        their mean), or a pair of it and `{name: values}` with diagnostics to log.
-      schedules: keyword arguments of `loss` that change over training, each as `weight` is.
+        their mean), or a pair of these values and `{name: values}`, diagnostics to log.
+      schedules: keyword arguments of `loss` that change over training, each given like `weight`.
       distils: whether the term needs a teacher.
       every_k_steps: the term is computed at steps divisible by k, and costs nothing at the others, where it is logged
-        as NaN. Its weight is not raised to make up for the steps without it: `k * curve` does that.
-      gradient_stages: (student stage, teacher stage) at whose maps `loss` asks for gradients, if it does.
-      of_teacher: what of `loss` reads the teacher alone and costs something, `Taught -> arrays`. Where several students
-        learn from one teacher it is computed once, and `loss` gets it as its keyword `of_teacher`.
+        as NaN. Its weight is not raised to make up for the skipped steps: use `k * curve` for that.
+      gradient_stages: (student stage, teacher stage) at whose maps `loss` reads gradients; empty if it reads none.
+      of_teacher: the expensive part of `loss` that depends only on the teacher, as a function `Taught -> arrays`. Where
+        many students learn from one teacher it is computed once, and `loss` gets it as its keyword `of_teacher`.
       bridge: for the pre-flight, how maps that differ in channels or size are made comparable.
     """
 
@@ -77,16 +77,16 @@ def relative_accuracy(record: Record) -> tuple[Array, Array]:
 
 
 class Progress(NamedTuple):
-    r"""How far the student is, measured on the training batches: what `by_progress` weights read.
+    r"""The student's progress, measured on the training batches, which `by_progress` weights read.
 
     .. math:: n \leftarrow \beta n + (1 - \beta) \, n_t, \qquad d \leftarrow \beta d + (1 - \beta) \, d_t, \qquad
        \text{progress} = \min(n / d, 1)
 
     from n = 0 and d = 1: an untrained student has made no progress, and the first batches move it slowly. It is part of
-    the training state, so a resumed run goes on with it. A step reads the progress before its own batch.
+    the training state, so a resumed run continues with it. A step reads the progress before its own batch.
 
     Attributes:
-      measure: record -> (n_t, d_t); `agreement` or `relative_accuracy`, or one of your own.
+      measure: record -> (n_t, d_t); `agreement`, `relative_accuracy` or your own function.
       decay: beta, in [0, 1); its memory is about 1 / (1 - beta) steps.
       monotone: progress never falls: the largest value so far.
     """
@@ -124,11 +124,11 @@ class Objective(NamedTuple):
 
 
 def check_objective(objective: Objective) -> None:
-    """Refuse an objective with a part that is not what its place asks for, by name.
+    """Refuse an objective with a part of the wrong type or value, naming the part.
 
     Raises:
-      TypeError: a term, a weight, a loss or a projection is of another type.
-      ValueError: there is no term, or two have one name, or a term comes at no step.
+      TypeError: a term, a weight, a loss or a projection has the wrong type.
+      ValueError: there is no term, two have the same name, or one is computed at no step.
     """
     if not isinstance(objective.terms, tuple | list) or not objective.terms:
         raise ValueError(f"objective: terms must be a tuple of at least one Term, got {shown(objective.terms)}")
@@ -183,8 +183,8 @@ def gompertz_objective(
       temperature: T of the soft targets.
       wasserstein_weight: b; the default gives W's gradient about 0.3 times the norm of the cross-entropy's at mid-run
         of `configs/cifar10_small.py`.
-      gradient_weight: c; likewise, about 0.1 times.
-      label_smoothing: of the cross-entropy.
+      gradient_weight: c; the default gives M's gradient about 0.1 times that norm.
+      label_smoothing: label smoothing of the cross-entropy.
 
     Returns:
       Terms `ce`, `kd`, `wasserstein`, `gradient`; a term whose coefficient is 0 is left out, and with it its cost.
@@ -254,9 +254,9 @@ class Evaluation(NamedTuple):
 def evaluate(
     objective: Objective, record: Record, step: Any, progress: Any = None, parts: Mapping[str, Any] | None = None
 ) -> Evaluation:
-    """Evaluate every term of `objective` on `record`, its weight and its schedules at `step` and the progress made.
+    """Evaluate every term of `objective` on `record`, with its weight and schedules at `step` and `progress`.
 
-    `parts` are what is there already of `Term.of_teacher`, by the term's name.
+    `parts` are results of `Term.of_teacher` that are already computed, by the term's name.
     """
     raws, weights, metrics = [], [], {}
     for term in objective.terms:
@@ -273,7 +273,7 @@ def evaluate(
 
 
 def _returned(term: str, result: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Values and diagnostics out of what a loss returned, whoever wrote it."""
+    """Values and diagnostics from what a loss returned, checked, since the loss may be a user's own."""
     values, diagnostics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     named = diagnostics if isinstance(diagnostics, Mapping) else {"the diagnostics": diagnostics}
     for name, array in {"the values": values, **named}.items():

@@ -26,14 +26,14 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 
 
 def write(workdir: Path, out: Path) -> None:
-    """Write the page of what is in a workdir.
+    """Write the page for a workdir.
 
     Args:
-      workdir: of a run, a comparison or a search, finished or not.
+      workdir: that of a run, a comparison or a search, finished or not.
       out: the file.
 
     Raises:
-      RunError: the workdir holds neither.
+      RunError: the workdir holds none of these.
     """
     lines = read_metrics(workdir / METRICS)
     if (workdir / "results.json").exists():
@@ -87,7 +87,7 @@ def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
 
 
 def _search(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    from .tune import best_trials  # with all that trains, which a page of anything else does without
+    from .tune import best_trials  # imports everything that trains, which other pages do without
 
     yield f"<p>{result['trials']} {html.escape(result['search'])} trials of every arm, by validation accuracy.</p>"
     yield _table(best_trials(result))
@@ -104,7 +104,7 @@ def _going(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Ite
 
 
 def _progress(lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """Validation accuracy and telemetry of every arm, where there is a line of it."""
+    """Validation accuracy and telemetry of every arm, if metrics were logged."""
     if lines:
         by_arm = _by_arm(lines)
         yield from _figure("Validation accuracy", report.validation_figure(by_arm))
@@ -119,7 +119,7 @@ def _by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
-    """What was measured of each term: pull on the student, and how its transport converged."""
+    """What was measured for each term: pull on the student, and how its transport converged."""
     for title, names in (
         ("Gradient norm of each raw term, and its cosine with the first term's", ("gradient_norm", "gradient_cosine")),
         ("Sinkhorn iterations and marginal error", ("iterations", "marginal_error")),
@@ -138,7 +138,7 @@ def _telemetry(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[st
 def _telemetry_figure(
     by_arm: Mapping[str, Sequence[Mapping[str, Any]]], found: Sequence[tuple[str, str, str]], names: tuple[str, ...]
 ) -> Any:
-    """Of a run all terms in one row of panels; of a comparison a row for each term, whose lines are the arms."""
+    """For a run, all terms in one row of panels; for a comparison, a row for each term, whose lines are the arms."""
     rows = [""] if "" in by_arm else sorted({term for _, term, _ in found})
     figure = report.new_figure(12.0, 3.6 * len(rows))
     grid = figure.subplots(len(rows), len(names), squeeze=False)

@@ -1,4 +1,4 @@
-"""What the schedules of a config will do, told and drawn before anything is trained."""
+"""What the schedules of a config will do, in numbers and pictures, before anything is trained."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
 
     Attributes:
       corners: values at 0, 25, 50, 75 and 100 % of training.
-      area: the mean over all steps; what a control is to have, too.
+      area: the mean over all steps, which a control should share.
       weighted_area: the mean weighted by the learning rate: what is done late, at small rates, counts less.
       direction: "constant", "rises", "falls" or "turns".
       steepest: fraction of training at which it changes fastest, for a Gompertz curve its inflection; None where it
@@ -62,9 +62,10 @@ def read(values: np.ndarray, rates: np.ndarray) -> Reading:
 
 
 class Preview(NamedTuple):
-    """All schedules of a config: values by name at every step, which of them progress drives, and what to doubt.
+    """All schedules of a config: values by name at every step, which of them read progress, and warnings.
 
-    `epochs` are those of training, `steps` too, None where the number of images is known only once they are read.
+    `epochs` and `steps` are those of training; `steps` is None where the number of images is known only once they are
+    read.
     """
 
     values: Mapping[str, np.ndarray]
@@ -131,7 +132,7 @@ def _steps(config: Config) -> int | None:
 
 
 def _asymptote(text: str, rate: Any) -> float:
-    """What a curve would come to if training went on: its largest value with the curves in it at theirs."""
+    """What a curve would reach if training continued: its largest value with the curves in it at their asymptotes."""
     tree = ast.parse(str(text), mode="eval")
 
     def finish(node: ast.AST) -> None:
@@ -151,7 +152,7 @@ def _asymptote(text: str, rate: Any) -> float:
 
 
 def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:
-    """What is wrong with a curve more often than right."""
+    """Features of a curve that are mistakes more often than not."""
     if reading.direction == "constant":
         return
     top = values.max()

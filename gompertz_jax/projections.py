@@ -4,9 +4,9 @@ They are trained with the student, kept apart from it and never exported. A proj
 with a few pure methods, the same for every kind (`AnyProjection`).
 
 Everything is in float32. Kernels are drawn from a normal distribution of variance 1 / fan-in, biases start at 0. Batch
-normalisation is over all images of the global batch: in training by the batch's statistics, which are tracked (the
-biased variance), else by the tracked ones. Convolutions are sums of matrix products over shifted slices: XLA on CPU
-runs the gradient of its own convolution 15 to 100 times slower inside `lax.scan` than outside.
+normalisation is over all images of the global batch: in training by the batch's statistics, whose running means are
+kept (of the biased variance), otherwise by these. Convolutions are sums of matrix products over shifted slices: XLA on
+CPU runs the gradient of its own convolution 15 to 100 times slower inside `lax.scan` than outside.
 """
 
 import math
@@ -35,7 +35,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 @runtime_checkable
 class AnyProjection(Protocol):
-    """What every kind offers. Where only shapes are read, outputs may be `jax.ShapeDtypeStruct`s."""
+    """What every projection offers. Where only shapes are read, outputs may be `jax.ShapeDtypeStruct`s."""
 
     def init(self, key: Array, student: Outputs, teacher: Outputs) -> tuple[PyTree, PyTree]:
         """Fresh parameters and statistics for these networks' shapes: nested dicts of float32 arrays."""
@@ -48,7 +48,7 @@ class AnyProjection(Protocol):
         ...
 
     def stages(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """Which maps are joined, counted from 0."""
+        """Which maps are compared, as pairs of stages counted from 0."""
         ...
 
     def describe(self, student: Outputs, teacher: Outputs) -> str:
@@ -58,10 +58,10 @@ class AnyProjection(Protocol):
 
 @runtime_checkable
 class Measured(Protocol):
-    """What a kind offers besides, if something of the teacher is measured before training."""
+    """What a projection also offers if it measures something on the teacher before training."""
 
     def sums(self, teacher: Outputs, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """What of a batch is summed over all batches, in float64."""
+        """The quantities of one batch that are summed over all batches, in float64."""
         ...
 
     def measured(self, totals: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -72,7 +72,7 @@ class Measured(Protocol):
 class Projection(NamedTuple):
     """A learned 1x1 linear map + BatchNorm from a student's stage to the width of a teacher's stage.
 
-    It is there at equal widths too: the channels of two independently trained networks have no common order. The
+    It is needed at equal widths too: the channels of two independently trained networks have no common order. The
     teacher's channels are standardised by statistics that `measure_teacher` fills in before training. Sizes are kept.
 
     Attributes:
@@ -111,10 +111,10 @@ class Projection(NamedTuple):
         return {"total": flat.sum(0), "squares": (flat**2).sum(0), "count": np.full(1, len(flat), np.float64)}
 
     def measured(self, totals: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Mean and deviation of every channel, none below a hundredth of the layer's root mean square deviation."""
+        """Mean and deviation of every channel, no deviation below a hundredth of the layer's root mean square one."""
         mean = totals["total"] / totals["count"]
         variance = np.maximum(totals["squares"] / totals["count"] - mean**2, 0.0)
-        # A channel that hardly ever fires would be blown up to thousands by its own scale, and rule the distance.
+        # A channel that hardly ever fires would be blown up to thousands by its own scale, and dominate the distance.
         floor = 1e-2 * np.sqrt(variance.mean()) or 1.0
         std = np.maximum(np.sqrt(variance), floor)
         return {"teacher_mean": jnp.asarray(mean, jnp.float32), "teacher_std": jnp.asarray(std, jnp.float32)}
@@ -127,16 +127,17 @@ class Projection(NamedTuple):
 class Regressor(NamedTuple):
     """FitNet's regressor: a convolution, BatchNorm and ReLU that give a student's map the shape of a teacher's.
 
-    The convolution is the one of RepDistiller's `ConvReg`: 3x3 at stride 2 where the student's map is twice as large,
-    a transposed 4x4 at stride 2 where it is half as large, and without padding, of the difference of the sizes plus
-    one, where it is larger otherwise or as large (then 1x1). Its bias is left out: BatchNorm would subtract it.
+    The convolution is that of RepDistiller's `ConvReg`: 3x3 at stride 2 where the student's map is twice as large, a
+    transposed 4x4 at stride 2 where it is half as large, otherwise an unpadded convolution whose kernel is the size
+    difference plus one (1x1 for equal sizes); the student's map must then be at least as large. It has no bias:
+    BatchNorm would subtract it.
 
     Romero et al., FitNets: Hints for Thin Deep Nets, 2015, https://arxiv.org/abs/1412.6550.
 
     Attributes:
       student_stage: index into `Outputs.features`; -1 is the map that is pooled.
       teacher_stage: the same in the teacher.
-      resize: False for a 1x1 convolution at any sizes, which keeps the student's: what WKD-F compares.
+      resize: False for a 1x1 convolution that keeps the student's size, whatever the teacher's, as in WKD-F.
     """
 
     student_stage: int = 2
@@ -201,8 +202,8 @@ class VariationalRegressor(NamedTuple):
     Ahn et al., Variational Information Distillation for Knowledge Transfer, 2019, https://arxiv.org/abs/1904.05835.
 
     Attributes:
-      pairs: (student stage, teacher stage) of each pair; none means index by index every stage after the stem that both
-        networks have, RepDistiller's choice.
+      pairs: (student stage, teacher stage) of each pair; empty means every stage after the stem that both networks
+        have, index by index, RepDistiller's choice.
       hidden: channels of the hidden layers; 0 for the teacher's number, RepDistiller's choice.
     """
 
@@ -210,7 +211,7 @@ class VariationalRegressor(NamedTuple):
     hidden: int = 0
 
     def init(self, key: Array, student: Outputs, teacher: Outputs) -> tuple[PyTree, PyTree]:
-        """By pair, three kernels and the raw variances `[c']`; no statistics."""
+        """For each pair, three kernels and the raw variances `[c']`; no statistics."""
         kernels: dict[str, tuple[int, ...]] = {}
         variances = {}
         for index, (ours, theirs) in enumerate(_shapes(self.stages(student, teacher), student, teacher)):
@@ -218,14 +219,14 @@ class VariationalRegressor(NamedTuple):
             hidden = positive_count("hidden", self.hidden or wide)
             layers = (narrow, hidden), (hidden, hidden), (hidden, wide)
             kernels |= {f"pair{index}/kernel{layer}": shape for layer, shape in enumerate(layers)}
-            raw = math.log(math.expm1(INITIAL_VARIANCE - VARIANCE_FLOOR))  # its softplus is what it starts at
+            raw = math.log(math.expm1(INITIAL_VARIANCE - VARIANCE_FLOOR))  # its softplus is the initial value
             variances[f"pair{index}/raw_variance"] = jnp.full(wide, raw, jnp.float32)
         return _nested(_kernels(key, kernels) | variances), {}
 
     def apply(
         self, params: PyTree, stats: PyTree, student: Outputs, teacher: Outputs, *, train: bool
     ) -> tuple[tuple[tuple[Array, Array], ...], tuple[Array, ...], PyTree]:
-        """By pair, (mean `[B, h, w, c']`, variance `[c']`), and the teacher's map `[B, h, w, c']`."""
+        """For each pair, (mean `[B, h, w, c']`, variance `[c']`), and the teacher's map `[B, h, w, c']`."""
         predicted, maps = [], []
         for index, (ours, theirs) in enumerate(_maps(self.stages(student, teacher), student, teacher)):
             p = params[f"pair{index}"]
@@ -259,7 +260,7 @@ class Embedding(NamedTuple):
     width: int = 128
 
     def init(self, key: Array, student: Outputs, teacher: Outputs) -> tuple[PyTree, PyTree]:
-        """By network, a kernel `[d, width]` and a bias; no statistics."""
+        """For each network, a kernel `[d, width]` and a bias; no statistics."""
         inputs = {"student": student.pooled.shape[-1], "teacher": teacher.pooled.shape[-1]}
         width = positive_count("width", self.width)
         kernels = _kernels(key, {f"{role}/kernel": (size, width) for role, size in inputs.items()})
@@ -277,7 +278,7 @@ class Embedding(NamedTuple):
         return ours, embed(params["teacher"], jax.lax.stop_gradient(teacher.pooled)), stats
 
     def stages(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """None: it joins the pooled vectors."""
+        """None: it compares the pooled vectors."""
         return ()
 
     def describe(self, student: Outputs, teacher: Outputs) -> str:
@@ -289,20 +290,20 @@ class Embedding(NamedTuple):
 class Review(NamedTuple):
     """ReviewKD's fusion of all stages of a student, from the pooled vector back to its first stage.
 
-    At each stage the student's map goes through a 1x1 convolution and BatchNorm to a common width; what the deeper
-    stages left is brought to its size (nearest neighbour) and mixed in with two weights per position, the sigmoids of a
-    1x1 convolution of both; the mixture, at the teacher's size, is left to the next stage, and a 3x3 convolution and
+    At each stage the student's map goes through a 1x1 convolution and BatchNorm to a common width; the result of the
+    deeper stages is resized to it (nearest neighbour) and mixed in with two weights per position, the sigmoids of a 1x1
+    convolution of both; the mixture, at the teacher's size, is passed on to the next stage, and a 3x3 convolution and
     BatchNorm give it the teacher's width. The pooled vector is the deepest stage, a map of 1x1 with nothing to mix in.
     A convolution to a map of 1x1 is 1x1: the other taps of the reference's 3x3 see only padding.
 
-    The reference compares maps before their last ReLU; the maps of `Outputs.features` are what a network gives, after
-    it in the networks here.
+    The reference compares maps before their last ReLU; the maps of `Outputs.features` are whatever a network returns,
+    those after it for the networks here.
 
     Chen, Liu, Zhao and Jia, Distilling Knowledge via Knowledge Review, 2021, https://arxiv.org/abs/2104.09044.
 
     Attributes:
-      pairs: (student stage, teacher stage) of each pair, from the first to the deepest; none means index by index every
-        stage after the stem that both networks have, the reference's choice. The pooled vectors come on top.
+      pairs: (student stage, teacher stage) of each pair, from the first to the deepest; empty means every stage after
+        the stem that both networks have, index by index, the reference's choice. The pooled vectors are always added.
       width: the common width, at most that of the student's pooled vector; 512 is the reference's.
     """
 
@@ -310,7 +311,7 @@ class Review(NamedTuple):
     width: int = 512
 
     def init(self, key: Array, student: Outputs, teacher: Outputs) -> tuple[PyTree, PyTree]:
-        """By pair and for the pooled vectors: `inner` and `outer` convolution with BatchNorm, and the `attention`."""
+        """For each pair and the pooled vectors: `inner` and `outer` convolution with BatchNorm, and the `attention`."""
         shapes = _shapes(self.stages(student, teacher), student, teacher)
         pooled = (1, 1, 1, student.pooled.shape[-1]), (1, 1, 1, teacher.pooled.shape[-1])
         width = self._common_width(student)
@@ -368,11 +369,11 @@ class Review(NamedTuple):
 
 
 class ClassDistances(NamedTuple):
-    """The teacher's distances between classes, which WKD-L transports at; nothing is learned.
+    """The teacher's distances between classes, the transport costs of WKD-L; nothing is learned.
 
-    `class_distances` of the classes' mean pooled vectors over the training images, less the mean of all of them, by the
-    cosine: a choice of ours. The paper compares the logits for the images of two classes by their kernel alignment, or
-    the rows of the last layer by the cosine, which a network given as a function does not show.
+    `class_distances`, by the cosine, of each class's mean pooled vector over the training images, minus the mean over
+    all of them: our choice. The paper compares the logits for the images of two classes by their kernel alignment, or
+    the rows of the last layer by the cosine; a network given as a function does not expose its last layer.
 
     Lv, Yang and Li, 2024, https://arxiv.org/abs/2412.08139.
 
@@ -390,11 +391,11 @@ class ClassDistances(NamedTuple):
     def apply(
         self, params: PyTree, stats: PyTree, student: Outputs, teacher: Outputs, *, train: bool
     ) -> tuple[None, Float[Array, "classes classes"], PyTree]:
-        """Nothing of the student, and the costs `[K, K]`."""
+        """None for the student, and the costs `[K, K]`."""
         return None, jax.lax.stop_gradient(stats["class_cost"]), stats
 
     def sums(self, teacher: Outputs, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """Of every class, the sum of the pooled vectors and the number of images."""
+        """For every class, the sum of the pooled vectors and the number of images."""
         member = (labels == np.arange(teacher.logits.shape[-1])[:, None]).astype(np.float64)
         return {"total": member @ np.asarray(teacher.pooled, np.float64), "count": member.sum(1)}
 
@@ -405,7 +406,7 @@ class ClassDistances(NamedTuple):
         return {"class_cost": class_distances(jnp.asarray(means, jnp.float32), sharpness=self.sharpness)}
 
     def stages(self, student: Outputs, teacher: Outputs) -> Pairs:
-        """None: it is about classes."""
+        """None: it compares classes."""
         return ()
 
     def describe(self, student: Outputs, teacher: Outputs) -> str:
@@ -414,10 +415,10 @@ class ClassDistances(NamedTuple):
 
 
 def stage_pairs(pairs: Sequence[Sequence[int]], student: Outputs, teacher: Outputs) -> Pairs:
-    """Pairs of stages, counted from 0; none means index by index every stage after the stem that both networks have.
+    """Pairs of stages, counted from 0; empty means every stage after the stem that both networks have, index by index.
 
     Raises:
-      ValueError: a network does not have a stage, or there are no pairs to be had.
+      ValueError: a network does not have a stage, or there is no pair.
     """
     ours, theirs = len(student.features), len(teacher.features)
     if not pairs:
@@ -442,7 +443,7 @@ def init_projections(
 def measure_teacher(
     projections: Mapping[str, AnyProjection], stats: PyTree, batches: Iterable[tuple[Outputs, Any]]
 ) -> PyTree:
-    """Statistics with what is measured of the teacher, once before training, filled in.
+    """Fill in the statistics that are measured on the teacher, once before training.
 
     Args:
       projections: by name.
@@ -515,7 +516,7 @@ def upsample_convolve(
     """Transposed 4x4 convolution at stride 2 and padding 1, which doubles height and width.
 
     Inserting zeros and correlating would mostly multiply zeros: the four phases of the result see four taps each. The
-    kernel is that of the correlation, PyTorch's turned by 180 degrees.
+    kernel is that of the correlation: PyTorch's, rotated by 180 degrees.
     """
     batch, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -527,7 +528,7 @@ def upsample_convolve(
 
 
 def nearest(x: Float[Array, "batch _ _ channels"], size: Sequence[int]) -> Float[Array, "batch _ _ channels"]:
-    """The map at another size, each element that of the input at or above and left of it, as in PyTorch."""
+    """The map at another size by nearest neighbour: index i reads floor(i * old size / new size), as in PyTorch."""
 
     def chosen(length: int, count: int) -> np.ndarray | None:
         if length == count:
@@ -550,7 +551,7 @@ def _shapes(pairs: Pairs, student: Outputs, teacher: Outputs) -> list[tuple[tupl
 
 
 def _names(pairs: Sequence[Any]) -> list[str]:
-    """Of what `Review` joins."""
+    """Names of what `Review` fuses."""
     return [*(f"pair{index}" for index in range(len(pairs))), "pooled"]
 
 
@@ -573,7 +574,7 @@ def _regressor_size(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int
 
 
 def _init_norm(width: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Parameters and statistics of a batch normalisation, no two of them one array: a step donates them all."""
+    """Parameters and statistics of a batch normalisation, all separate arrays, since a step donates them all."""
 
     def ones_and_zeros(one: str, zero: str) -> dict[str, Array]:
         return {one: jnp.ones(width, jnp.float32), zero: jnp.zeros(width, jnp.float32)}
@@ -591,7 +592,7 @@ def _normalised(params: PyTree, stats: PyTree, y: Array, *, train: bool) -> tupl
 
 
 def _kernels(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Kernels of variance 1 / fan-in, cut from one draw: XLA on CPU compiles a draw of each new shape for a second."""
+    """Kernels of variance 1 / fan-in, cut from one draw: XLA on CPU takes a second to compile each new shape."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     numbers = jnp.split(jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
     return {

@@ -1,4 +1,4 @@
-"""What the terms of an objective read: both networks' outputs on one batch, and what can be asked of them."""
+"""What the terms of an objective read: both networks' outputs on one batch, and what can be computed from them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,26 +11,26 @@ from .network import Outputs, check_outputs
 
 Pullback: TypeAlias = Callable[..., Any]
 """`pullback(cotangent [B, K], stage=None)`: the gradient of `sum(cotangent * logits)` at the images, or at the map of a
-stage that a term asked for (`Term.gradient_stages`)."""
+stage that a term names in `Term.gradient_stages`."""
 
 
 class Leading(NamedTuple):
-    """The first images of a batch, by a forward pass of their own in evaluation mode."""
+    """A network on the first images of a batch, by a separate forward pass in evaluation mode."""
 
     outputs: Outputs
     pullback: Pullback
 
 
 class Taught(NamedTuple):
-    """What the teacher says of one batch, in evaluation mode: a constant, and the same for all who learn from it.
+    """The teacher's outputs on one batch, in evaluation mode: constants, and the same for all its students.
 
     Attributes:
       labels: class indices, `[B]`.
       outputs: the teacher's.
-      pullback: of its logits, see `Record.teacher_pullback`.
-      leading: on the first `count` images alone; see `Record.teacher_leading`.
+      pullback: the pull-back of its logits; see `Record.teacher_pullback`.
+      leading: the teacher on the first `count` images alone; see `Record.teacher_leading`.
       key: the step's random key, see `Record.key`.
-      parts: what is known already of `Term.of_teacher`, by the term's name.
+      parts: results of `Term.of_teacher` that are already computed, by the term's name.
     """
 
     labels: Int[Array, " batch"]
@@ -42,7 +42,7 @@ class Taught(NamedTuple):
 
 
 class NotStored(ValueError):
-    """A term reads more of a teacher than was computed before; `what` says what."""
+    """A term reads an output of the teacher that is not stored; `what` names it."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -53,10 +53,10 @@ class NotStored(ValueError):
 
 
 class StoredOutputs(Outputs):
-    """A teacher's outputs that were computed before: its logits, and its pooled vectors where they were kept.
+    """A teacher's outputs that were computed before: its logits, and its pooled vectors if they were kept.
 
     Raises:
-      NotStored: something else of them is read.
+      NotStored: any other output is read.
     """
 
     @classmethod
@@ -66,7 +66,7 @@ class StoredOutputs(Outputs):
 
     @property
     def features(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Not there."""
+        """Never stored."""
         raise NotStored("maps")
 
     @property
@@ -88,7 +88,7 @@ def no_pullback(cotangent: Array, stage: int | None = None) -> Array:
 
 @dataclass(frozen=True)
 class Record:
-    """What the terms may read. Nothing is computed that no term asks for.
+    """What the terms may read. Nothing is computed that no term reads.
 
     Attributes:
       labels: class indices, `[B]`.
@@ -99,14 +99,15 @@ class Record:
       teacher_views: by projection name, the teacher's side of it.
       student_pullback: shares the forward pass behind `student`, in training mode: BatchNorm's cross terms between
         images are included.
-      teacher_pullback: the same of the teacher, in evaluation mode; a constant.
+      teacher_pullback: the same for the teacher, in evaluation mode; a constant.
       leading: the student on the first `count` images alone; its running statistics are constants there.
-      teacher_leading: likewise the teacher.
-      per_image: makes `f(*arrays [B, ...], **shared) -> [B]`, which treats every image alone, run on each device's
-        images without communication. As it stands, for one device: f itself.
-      whole_batch: makes a function of the same form that compares the images of the batch with each other run on the
-        global batch, gathered before and not inside.
-      key: this step's random key, for losses that draw.
+      teacher_leading: the teacher on the first `count` images alone.
+      per_image: wraps a function `f(*arrays [B, ...], **shared) -> [B]` that treats each image independently so that
+        every device runs it on its own images, without communication. The default (one device) returns the function
+        unchanged.
+      whole_batch: wraps a function of the same form that compares the images of the batch with each other so that it
+        runs on the global batch, which is gathered before the call and not inside it.
+      key: this step's random key, for losses that draw random numbers.
     """
 
     labels: Int[Array, " batch"]
@@ -125,7 +126,7 @@ class Record:
     def __post_init__(self):
         check_fields(self)
         for name in ("student", "teacher"):
-            # Stored ones have no maps to look at; their rows are checked with the batch that brought them.
+            # Stored outputs have no maps to check; their rows are checked with the batch that holds them.
             if getattr(self, name) is not None and not isinstance(getattr(self, name), StoredOutputs):
                 check_outputs(f"{name}, for labels {self.labels.shape},", getattr(self, name), self.labels.shape[0])
 

@@ -52,7 +52,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
-    """What every panel has: a title, a grid, and a legend of this size where there is something to tell."""
+    """What every panel has: a title, a grid, and a legend of this font size if anything is labelled."""
     axes.set(title=title, xlabel=xlabel)
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[1]:
@@ -60,7 +60,7 @@ def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
 
 
 def line_of(number: int) -> dict[str, str]:
-    """Colour and dashes of the arm of this number, by which forty are told apart."""
+    """Colour and dashes of the arm of this number, different for up to forty arms."""
     return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
 
 
@@ -101,7 +101,7 @@ def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     The p-values of one figure are corrected together (Holm), all arms but the baseline being one family.
 
     Args:
-      results: `arms` of it is read.
+      results: its `arms` are read.
       baseline: the name of an arm.
 
     Returns:
@@ -135,16 +135,16 @@ def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
 def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How hard each term pulled on the students of each arm where it was measured, as means over the seeds.
 
-    A pull is the norm of a raw term's gradient times its weight, over the same of the arm's first term.
+    A pull is the norm of a raw term's gradient times its weight, divided by the same for the arm's first term.
 
     Args:
       terms_of: arm -> the names of its terms, in order.
-      lines: of a comparison's metrics.jsonl.
+      lines: the lines of a comparison's metrics.jsonl.
 
     Returns:
       `{arm: {term: {"step": [...], "norm": [...], "pull": [...], "cosine": [...]}}}`, the cosine with the first term's
-      gradient; empty where nothing was measured. What is not finite in a student is left out, and what was
-      measured where the first term pulled not at all.
+      gradient; empty where nothing was measured. Values that are not finite in a student are left out, and so are those
+      measured where the first term did not pull at all.
     """
 
     def pull(line: Mapping[str, Any], name: str) -> float | None:
@@ -175,7 +175,7 @@ def pulls(terms_of: Mapping[str, Sequence[str]], lines: Sequence[Mapping[str, An
 
 
 def pull_table(measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """What `pulls` found of every term but the first, as ranges over the steps."""
+    """What `pulls` found for every term but the first, as ranges over the steps."""
 
     def span(values: Sequence[float], digits: str) -> str:
         low, high = f"{min(values):{digits}}", f"{max(values):{digits}}"
@@ -280,12 +280,12 @@ def failures(results: Mapping[str, Any]) -> str:
 
 
 def schedules_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """By arm, its terms' weights in numbers."""
+    """For each arm, its terms' weights in numbers."""
     return {name: arm["schedules"] for name, arm in results["arms"].items()}
 
 
 def schedule_table(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
-    """How arms differ: each term's weight at the start, midway and at the end, its mean, and that by learning rate."""
+    """How arms differ: each term's weight at the start, midway and at the end, its mean, also by learning rate."""
     keys = ("start", "middle", "end", "area", "weighted_area")
     rows: list[tuple[str, ...]] = [("arm", "term", "start", "midway", "end", "mean", "by learning rate")]
     for name, terms in schedules.items():
@@ -297,7 +297,7 @@ def schedule_table(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 
 
 def _most_common_term(results: Mapping[str, Any]) -> str:
-    """The distillation term of most arms, whose weight is worth a picture; of several the last by name."""
+    """The distillation term of most arms, whose weight is worth a picture; ties go to the last by name."""
     counts: dict[str, int] = {}
     for arm in results["arms"].values():
         for term in list(arm["schedules"])[1:]:

@@ -34,7 +34,7 @@ from ._numerics import compute_dtype
 Schedule: TypeAlias = Callable[[Any], Any]
 """step -> coefficient. Any function that JAX can trace with a scalar step will do, for instance one of Optax's."""
 
-# exp(-exp(u)) is 0 in float32 and in float64 from u = 7 on; the bound only keeps exp(u), and with it the derivative,
+# exp(-exp(u)) is 0 in float32 and in float64 for u >= 7; the bound only keeps exp(u), and with it the derivative,
 # finite.
 _LARGEST_INNER_EXPONENT = 80.0
 
@@ -102,7 +102,7 @@ def gompertz_through(
 
     .. math:: c = -\ln(-\ln \text{final}) / (1 - \text{inflection}), \qquad b = \exp(c \cdot \text{inflection}).
 
-    A curve with an early inflection has little room below it: it is warned of when it starts above 5 % of its
+    A curve with an early inflection has little room for a slow start: there is a warning if it starts above 5 % of its
     asymptote.
 
     Args:
@@ -210,7 +210,7 @@ def linear_schedule(
     since: Scalar = 0.0,
     until: Scalar = 1.0,
 ) -> Schedule:
-    r"""Weight on a straight line from `start` to `end` between two fractions of `total_steps`, held outside.
+    r"""Weight on a straight line from `start` to `end` between two fractions of `total_steps`, constant outside.
 
     .. math:: w(t) = (1 - \tau) \, \text{start} + \tau \, \text{end}, \qquad
        \tau = \min(\max((t / T - a) / (b - a), 0), 1)
@@ -218,7 +218,7 @@ def linear_schedule(
     Args:
       total_steps: number of training steps `T`, a positive integer.
       start: the weight up to the step `since * total_steps`, finite.
-      end: the weight from the step `until * total_steps` on, finite.
+      end: the weight at the step `until * total_steps` and after, finite.
       since: the fraction `a` of `total_steps` up to which the weight stays at `start`, at least 0.
       until: the fraction `b` at which `end` is reached, above `since`; a warm-up has a small one.
 
@@ -248,7 +248,7 @@ def cosine_schedule(
     since: Scalar = 0.0,
     until: Scalar = 1.0,
 ) -> Schedule:
-    r"""Weight along half a cosine period from `start` to `end` between two fractions of `total_steps`, held outside.
+    r"""Weight along half a cosine from `start` to `end` between two fractions of `total_steps`, constant outside.
 
     .. math:: w(t) = (1 - s) \, \text{start} + s \, \text{end}, \qquad s = (1 - \cos \pi \tau) / 2,
        \quad \tau = \min(\max((t / T - a) / (b - a), 0), 1)
@@ -256,7 +256,7 @@ def cosine_schedule(
     Args:
       total_steps: number of training steps `T`, a positive integer.
       start: the weight up to the step `since * total_steps`, finite.
-      end: the weight from the step `until * total_steps` on, finite.
+      end: the weight at the step `until * total_steps` and after, finite.
       since: the fraction `a` of `total_steps` up to which the weight stays at `start`, at least 0.
       until: the fraction `b` at which `end` is reached, above `since`; a warm-up has a small one.
 
@@ -369,7 +369,7 @@ class ByProgress:
     """A weight that reads the student's progress instead of the clock.
 
     A schedule is a function of the step, which says how much of the training is over, not how far the student is. This
-    one is a function of both, and the objective's `Progress` says what progress is.
+    one is a function of progress and step, and the objective's `Progress` defines progress.
 
     Attributes:
       value: `(progress, step) -> coefficient`, a pure function; progress lies in [0, 1].
@@ -414,7 +414,7 @@ def by_progress(curve: Schedule) -> ByProgress:
 
 @checked
 def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -> Any:
-    """The coefficient at a step, and at the student's progress where that is what the schedule reads.
+    """The coefficient at a step, and at the student's progress if the schedule reads it.
 
     Raises:
       TypeError: step or progress is not a number, or the schedule returns something else.
@@ -500,7 +500,7 @@ def mean_weight(schedule: Schedule, total_steps: int | np.integer, *, weights: S
 def matched_constant(schedule: Schedule, total_steps: int | np.integer, *, weights: Schedule | None = None) -> Schedule:
     """The constant schedule with the same mean weight: the control of equal area.
 
-    A schedule can help by its shape or by its area. Against this control only the shape is left. With `weights`, for
+    A schedule can help by its shape or by its area. Against this control only the shape can matter. With `weights`, for
     instance the learning rate, the weighted areas are equal instead.
 
     Args:
@@ -525,7 +525,7 @@ def matched_constant(schedule: Schedule, total_steps: int | np.integer, *, weigh
 
 def _weight_dtype(step: Any, *parameters: Any) -> Any:
     check_real("step", step)
-    # Python floats are constants of the curve and follow the step's dtype; a traced parameter has a dtype of its own.
+    # Python floats are constants of the curve and follow the step's dtype; a traced parameter has its own dtype.
     return compute_dtype(step, *(parameter for parameter in parameters if not isinstance(parameter, float)))
 
 

@@ -1,4 +1,4 @@
-"""The training state: what it holds, how it begins, and what refuses one that belongs to something else."""
+"""The training state: what it holds, how it begins, and a check that it belongs to its student and objective."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ class TrainState(NamedTuple):
       params: the student's parameters.
       stats: the student's batch statistics.
       projections: parameters of the objective's projections; trained with the student, never exported.
-      projection_stats: their statistics, what was measured of the teacher among them.
-      progress: how far the student is, where the objective measures it, else empty; see `Progress`.
+      projection_stats: their statistics, including those measured on the teacher.
+      progress: the student's progress if the objective measures it, else empty; see `Progress`.
       opt_state: the optimiser's state over `{"student": params, "projections": projections}`.
       average: exponential moving average of `(params, stats)`, or None.
       failed_term: index of the term that was not finite, else `HEALTHY`; with n terms, n stands for the gradient and
@@ -64,8 +64,8 @@ def init_state(
 
     Args:
       student: its arrays are copied, since the step donates the state.
-      optimizer: over the tree `{"student": ..., "projections": ...}`.
-      objective: names the projections.
+      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
+      objective: defines the projections.
       image_shape: `(height, width, channels)`.
       teacher: needed when the objective has projections.
       key: random key of the projections; default `jax.random.key(0)`.
@@ -95,7 +95,7 @@ def init_state(
         projections=projections,
         projection_stats=projection_stats,
         progress={} if objective.progress is None else objective.progress.start(),
-        # Some optimisers keep the initial weights, as these very arrays, which cannot be donated twice.
+        # Some optimisers keep the initial weights themselves, without a copy, and no array can be donated twice.
         opt_state=_copies(optimizer.init({"student": params, "projections": projections})),
         average=_copies((params, stats)) if moving_average else None,
         failed_term=jnp.full((), HEALTHY, jnp.int32),
@@ -104,17 +104,17 @@ def init_state(
 
 
 def _copies(tree: PyTree) -> PyTree:
-    """Arrays of their own, to be donated; of a dtype that is theirs: a weak one would have the step compiled twice."""
+    """Separate copies, to be donated, without weak types: those would have the step compiled twice."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jax.typeof(leaf).dtype), tree)
 
 
 def progress_of(state: TrainState) -> Array | None:
-    """How far the student is, where that is measured."""
+    """The student's progress, if it is measured."""
     return state.progress["progress"] if state.progress else None
 
 
 def check_optimizer(optimizer: optax.GradientTransformation) -> None:
-    """Refuse what has not an optimiser's two functions."""
+    """Refuse anything without an optimiser's two functions."""
     if not callable(optimizer.init) or not callable(optimizer.update):
         raise TypeError(f"optimizer must have functions init and update, got {shown(optimizer)}")
 
@@ -126,9 +126,9 @@ def state_check(
     *,
     averages: bool = False,
 ) -> Callable[[TrainState], None]:
-    """A function that refuses a state of another form than `init_state` gives it for these, naming the part.
+    """A function that refuses a state unlike the one `init_state` makes for these arguments, naming the part.
 
-    It is called while a step is traced. Parts that are given without arrays, or are not given, are not compared.
+    It is called while a step is traced. Parts given without arrays, or not given, are not compared.
     """
     check_leaves("student", student, or_shapes=True)
     params, stats = jax.eval_shape(lambda *trees: trees, student.params, student.stats)
@@ -138,7 +138,7 @@ def state_check(
         like: dict[str, Any] = {"step": scalar, "failed_term": scalar, "failed_step": scalar}
         if params is not None:
             like |= {"params": params, "stats": stats}
-        # One that was made for more than this objective will do, as for the report on a part of it.
+        # A state made for a larger objective will do too, for instance for a report on some of its terms.
         if objective.progress is not None or jax.tree.leaves(state.progress):
             like["progress"] = jax.eval_shape(Progress().start)
         for name, part in like.items():
@@ -161,7 +161,7 @@ _MADE = "as init_state makes them for this student, objective and optimizer"
 
 
 def check_form(name: str, tree: PyTree, like: PyTree) -> None:
-    """Refuse a tree of other shapes or kinds of numbers."""
+    """Refuse a tree whose structure, shapes or kinds of numbers differ from those of `like`."""
     found, wanted = ({path: leaf for path, leaf in jax.tree.leaves_with_path(t)} for t in (tree, like))
     if jax.tree.structure(tree) != jax.tree.structure(like):
         differing = [*(found.keys() ^ wanted.keys())][:1]

@@ -1,4 +1,4 @@
-"""What a comparison says of its numbers: means, paired differences, and how many of them chance would give."""
+"""The statistics of a comparison: means, paired differences, and p-values corrected for their number."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,11 +31,11 @@ class Difference(NamedTuple):
     """A paired difference.
 
     Attributes:
-      mean: of the differences, pair by pair.
+      mean: the mean of the differences, pair by pair.
       low: the lower end of its interval.
       high: the upper end.
-      p: of the paired t-test that the mean is 0, two-sided. None, as the interval, for fewer than two pairs, or where
-        all differences are equal.
+      p: two-sided p-value of the paired t-test that the mean is 0. None, like the interval, for fewer than two pairs or
+        if all differences are equal.
       n: pairs.
     """
 
@@ -55,9 +55,9 @@ def paired_difference(
     the differences to be normal (Student, 1908, https://doi.org/10.1093/biomet/6.1.1).
 
     Args:
-      values: one number per seed; None where there is none, and the pair is left out.
-      baseline: likewise, of the arm that is compared with.
-      confidence: of the interval.
+      values: one number per seed; None for a missing one, whose pair is left out.
+      baseline: the same for the arm to compare with.
+      confidence: the interval's, as a fraction.
 
     Returns:
       The difference.
@@ -85,7 +85,7 @@ def paired_difference(
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     r"""p-values corrected for their number m, in ascending order: :math:`\max_{j \le i} \min(1, (m - j + 1) p_{(j)})`.
 
-    Of all true hypotheses it rejects any at a level of alpha with chance at most alpha, whatever their dependence
+    At level alpha it rejects any of the true hypotheses with probability at most alpha, whatever their dependence
     (Holm, 1979, https://www.jstor.org/stable/4615733). None stays None and does not count.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The one compiled program: batch, both forwards, all terms, update and metrics, many steps a dispatch.
+"""The one compiled program: batch, both forward passes, all terms, update and metrics, many steps per dispatch.
 
 Everything here is a pure function of arrays and a step, and needs none of the shell around it (files, flags, clocks).
 """
@@ -29,8 +29,8 @@ from .state import HEALTHY, TrainState, check_form, check_optimizer, progress_of
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
-TELEMETRY = ("/gradient_norm", "/gradient_cosine")  # how the metrics of one term's gradient end
-STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # of a batch whose images the teacher has seen before
+TELEMETRY = ("/gradient_norm", "/gradient_cosine")  # suffixes of the metrics of one term's gradient
+STORED, STORED_POOLED = "teacher_logits", "teacher_pooled"  # keys of a batch that carries stored teacher outputs
 
 
 class _Aux(NamedTuple):
@@ -42,7 +42,7 @@ class _Aux(NamedTuple):
 
 
 def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Array) -> Taught | None:
-    """What a teacher says of a batch, as far as these terms read it; None where none of them distils."""
+    """The teacher's outputs on a batch, as far as these terms read them; None if none of the terms distils."""
     if not any(term.distils for term in terms):
         return None
     labels, (_, term_key) = batch["label"], jax.random.split(key)
@@ -148,7 +148,7 @@ def _forward(
         return outputs.logits, (outputs, stats)
 
     # An unused pull-back leaves only dead code, which is removed before compilation; so the forward pass is written
-    # once for all objectives, and shared between the loss and its gradients at images and maps where a term asks.
+    # once for all objectives, and shared by the loss and the gradients at images and maps that its terms read.
     _, pull, (outputs, stats) = jax.vjp(logits, images, offsets, has_aux=True)
 
     def pull_back(cotangent: Array, stage: int | None = None) -> Array:
@@ -178,7 +178,7 @@ def _tapped(terms: Iterable[Term]) -> list[tuple[int, int]]:
 
 
 class _Pull(NamedTuple):
-    """What the terms of one step say; those that were not computed are NaN in `raw` and in the metrics."""
+    """The terms of one step and their gradient; terms not computed are NaN in `raw` and in the metrics."""
 
     computed: Bool[Array, " terms"]
     raw: Float[Array, " terms"]
@@ -191,13 +191,13 @@ class _Pull(NamedTuple):
 
 
 Teaching = Callable[[tuple[Term, ...]], Taught | None]
-"""What the teacher says of this step's batch, as far as the given terms read it."""
+"""terms -> the teacher's outputs on this step's batch, as far as these terms read them."""
 
 
 def _term_gradients(terms: Sequence[Term], gradient_of: Callable[[Array], PyTree], first: Term) -> Metrics:
-    """Norms of the terms' gradients, and their cosines with that of `first`, where this is among the terms.
+    """Norms of the terms' gradients, and their cosines with the gradient of `first` if it is among the terms.
 
-    `gradient_of` a row of weights is the gradient of the terms' weighted sum.
+    `gradient_of(weights)` is the gradient of the terms' weighted sum.
     """
     rows = jnp.eye(len(terms), dtype=jnp.float32)
     gradients = {term.name: gradient_of(row) for term, row in zip(terms, rows, strict=True)}
@@ -214,7 +214,7 @@ def _term_gradients(terms: Sequence[Term], gradient_of: Callable[[Array], PyTree
 def _make_pull(
     student: Network, objective: Objective, skip_below: float, term_gradients_every: int | None, mesh: Mesh | None
 ) -> Callable[[TrainState, Teaching, Batch, Array], _Pull]:
-    """The terms of a step and the gradient of their weighted sum; only the terms that this step has cost anything."""
+    """The terms of a step and the gradient of their weighted sum; only the terms of this step cost anything."""
     terms = objective.terms
 
     def pull(computed: tuple[bool, ...], teaching: Teaching, state: TrainState, batch: Batch, key: Array) -> _Pull:
@@ -237,7 +237,7 @@ def _make_pull(
         (gradient,) = pull_back(aux.weights)
         metrics = aux.metrics
         if term_gradients_every:
-            # The forward pass is the step's own: what this adds is one backward pass a term, at the steps that ask.
+            # This reuses the step's forward pass and adds one backward pass per term, only at the steps that measure.
             measure = partial(_term_gradients, present, lambda row: pull_back(row)[0]["student"], terms[0])
             blank = {name: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for name, leaf in jax.eval_shape(measure).items()}
             metrics |= jax.lax.cond(state.step % term_gradients_every == 0, measure, lambda: blank)
@@ -255,7 +255,7 @@ def _make_pull(
             metrics=weights | metrics,
         )
 
-    # Which terms there are repeats with the least common multiple of their intervals.
+    # The set of computed terms repeats with the least common multiple of their intervals.
     period = math.lcm(*(term.every_k_steps for term in terms))
     busy = [tuple(step % term.every_k_steps == 0 for term in terms) for step in range(period)]
     idle = [tuple(on and not term.distils for term, on in zip(terms, row, strict=True)) for row in busy]
@@ -298,7 +298,7 @@ def make_learn(
     term_gradients_every: int | None,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, Teaching, Batch, Array], tuple[TrainState, Metrics]]:
-    """The step of one student on a batch that is there; see `make_train_step`, which has the rest."""
+    """The step of one student on a batch that is already made; `make_train_step` documents the options."""
     if term_gradients_every is not None:
         term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh)
@@ -341,9 +341,10 @@ def make_learn(
 
 
 def _accepted(new: TrainState, old: TrainState, weighted: Array, gradient_norm: Array) -> TrainState:
-    """The new state; or the old one, marked with what was not finite, and from then on for ever."""
+    """The new state or, once something is not finite, the old one with the failure marked, for all later steps too."""
     sound = jnp.concatenate([jnp.isfinite(weighted), jnp.stack([jnp.isfinite(gradient_norm), _all_finite(new)])])
-    # Or XLA repeats the conjunction over all arrays in the fusion of each: half of resnet56 -> resnet20's step.
+    # Without the barrier XLA repeats the conjunction over all arrays in the fusion of each: half of resnet56 ->
+    # resnet20's step.
     sound = jax.lax.optimization_barrier(sound)
     failed_term = jnp.argmin(sound).astype(jnp.int32)
     was_healthy = old.failed_term == HEALTHY
@@ -378,18 +379,19 @@ def make_train_step(
       optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
       objective: terms and projections.
       make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
-        `data` is the batch itself. A batch that also carries `teacher_logits` `[B, K]`, and for terms that read them
-        `teacher_pooled` `[B, d]`, is what the teacher said before of these very images: it is then not run.
-      steps_per_dispatch: steps that one call takes, by `lax.scan`.
-      seed: of the step's random keys: they are a function of it and the step, so a resume needs no saved key.
-      average_decay: decay of the moving average of the weights; None keeps none (as `init_state` was told). After t
-        steps it is at most (1 + t) / (10 + t), so that the initial weights are soon forgotten.
+        `data` is the batch itself. If a batch also contains `teacher_logits` `[B, K]` (and `teacher_pooled` `[B, d]`,
+        for terms that read it), these are used as the teacher's outputs for exactly these images, and the teacher is
+        not run.
+      steps_per_dispatch: steps per call, run by `lax.scan`.
+      seed: seed of the random keys, which are a function of it and the step, so that resuming needs no saved key.
+      average_decay: decay of the moving average of the weights; None keeps none. It must match `moving_average` of
+        `init_state`. After t steps it is at most (1 + t) / (10 + t), so that the initial weights are soon forgotten.
       logged_schedules: further step -> value functions to log, for instance the learning rate.
-      skip_below: while the weights of all terms that distil are smaller than this, teacher and distillation are not
-        computed; the step is then that of the other terms alone, and the projections' running statistics rest. 0 never
-        skips. It costs the compilation of one more variant of the step.
-      term_gradients_every: n: at each n-th step the gradient of every raw term is measured, as by
-        `make_gradient_report`, on the step's batch, which costs one more backward pass a term there. None: never.
+      skip_below: while the weights of all terms that distil are smaller than this, neither the teacher nor these terms
+        are computed. The step then consists of the other terms, and the projections' running statistics do not change.
+        0 never skips; otherwise one more variant of the step is compiled.
+      term_gradients_every: n: at every n-th step, measure the gradient of every raw term on the step's batch, as
+        `make_gradient_report` does, at the cost of one more backward pass per term. None: never.
       mesh: devices to spread the batch over, with the one axis "data"; None for one device. State, teacher and metrics
         are copied to all of them. Losses, BatchNorm and gradients are those of the global batch.
 
@@ -397,22 +399,22 @@ def make_train_step(
       `train_step(state, teacher, data) -> (state, metrics)`. `state` is donated; `teacher` is a Network, or None for an
       objective without distillation or batches that carry its outputs; every metric is an array
       `[steps_per_dispatch]`: `loss`, `accuracy`, `agreement`, `gradient_norm`, `step` (the step they belong to),
-      `failed_term`, `failed_step`, and per term `NAME/raw`, `NAME/weight`, `NAME/weighted`, and `progress` where it is
-      measured, and `NAME/gradient_norm` and `NAME/gradient_cosine` where they are. They come from the state before the
-      update.
-      What was not computed at a step (`Term.every_k_steps`, `skip_below`, `term_gradients_every`) is NaN there, and no
+      `failed_term`, `failed_step`, and per term `NAME/raw`, `NAME/weight` and `NAME/weighted`; where they are measured,
+      `progress`, `NAME/gradient_norm` and `NAME/gradient_cosine`. They come from the state before the update. A metric
+      not computed at a step (`Term.every_k_steps`, `skip_below`, `term_gradients_every`) is NaN there, which is not a
       failure.
 
       An update that is not finite is refused: the old state is kept, `failed_term` and `failed_step` are set, and every
       later step returns the state unchanged.
 
     Raises:
-      ValueError: `steps_per_dispatch` or `term_gradients_every` below 1, a negative `skip_below`, two terms of one
-        name, a step without any term, a mesh with other axes, a weight that reads the progress together with
-        `skip_below`; when called, a term that distils and no teacher, a state of another form than `init_state` gives
-        it, or one that was donated before, a batch of other shapes or dtypes, or that does not divide by the number of
-        devices.
-      TypeError: an argument, of this function or of the step, is of another type, or holds what is no array.
+      ValueError: `steps_per_dispatch` or `term_gradients_every` below 1, a negative `skip_below`, two terms with the
+        same name, a step without any term, a mesh with other axes, a weight that reads the progress together with
+        `skip_below`; when called, a term that distils without a teacher, a state that does not have the form
+        `init_state` gives it or was already donated, a batch with other shapes or dtypes, or one not divisible by the
+        number of devices.
+      TypeError: an argument of this function or of the step has the wrong type, or holds something that is not an
+        array.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, gompertz_jax as gj
@@ -482,11 +484,11 @@ def make_gradient_report(
       student: its `apply`, `mean` and `std`.
       objective: the first term is what the others are compared with (the cross-entropy).
       seed: as in `make_train_step`.
-      mesh: likewise.
+      mesh: see `make_train_step`.
 
     Returns:
-      `report(state, teacher, batch) -> {"NAME/gradient_norm": scalar, "NAME/gradient_cosine": scalar}`: of the raw,
-      unweighted terms, over the student's parameters. It costs one backward pass a term.
+      `report(state, teacher, batch) -> {"NAME/gradient_norm": scalar, "NAME/gradient_cosine": scalar}`: for the raw,
+      unweighted terms, over the student's parameters. It costs one backward pass per term.
     """
     check_objective(objective)
     check_seed(seed)
@@ -511,13 +513,13 @@ def make_gradient_report(
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what is no seed."""
+    """Refuse anything that is not a seed."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {shown(seed)}")
 
 
 def check_batch(batch: Any) -> None:
-    """Refuse what is not a batch, in words, before a network meets it."""
+    """Refuse anything that is not a batch, with a clear message, before a network sees it."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be {{'image': [B, h, w, c], 'label': [B]}}, got {shown(batch)}")
     if not {"image", "label"} <= batch.keys():
@@ -545,12 +547,12 @@ def check_batch(batch: Any) -> None:
 
 
 def step_key(seed: int, step: Array) -> Array:
-    """The key of a step's losses; none of those that batches of the same seed are drawn from."""
+    """The key of a step's losses, different from all keys that batches of the same seed are drawn with."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0x7E), step)
 
 
 def _averaged(new: PyTree, average: PyTree, decay: Array) -> PyTree:
-    """The moving average after a step; of what has none, such as a counter or a random key, the new value."""
+    """The moving average after a step; what cannot be averaged (a counter, a random key) takes its new value."""
 
     def moved(new: Array, average: Array) -> Array:
         if not jnp.issubdtype(new.dtype, jnp.inexact):
@@ -566,7 +568,7 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 class Predictions(NamedTuple):
-    """What a network says of a whole split: its classes `[N]` and its mean cross-entropy with the labels."""
+    """A network's predictions on a whole split: its classes `[N]` and its mean cross-entropy with the labels."""
 
     classes: Int[Array, " images"]
     cross_entropy: Float[Array, ""]
@@ -579,8 +581,8 @@ def make_eval_step(
     """The compiled evaluation of a network on a whole split, in evaluation mode.
 
     Args:
-      batch_size: images a forward pass, on a mesh the next multiple of its devices; results do not depend on it beyond
-        rounding.
+      batch_size: images per forward pass, on a mesh rounded up to a multiple of its devices; it affects results by
+        rounding only.
       mesh: devices to spread each pass over; see `make_train_step`.
 
     Returns:
@@ -607,8 +609,8 @@ def make_eval_step(
             logits = network.forward(as_unit_interval(spread["image"]), train=False, frozen=True)[0].logits
             return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, spread["label"])
 
-        # The last batch ends where the split does, and begins with images of the one before: to fill it up would take
-        # a copy of the whole split.
+        # The last batch ends where the split does and overlaps the one before: padding it would take a copy of the
+        # whole split.
         starts = jnp.minimum(jnp.arange(0, len(images), size), last)
         found = jax.lax.map(one_batch, starts)
         repeated = len(starts) * size - len(images)
@@ -619,5 +621,5 @@ def make_eval_step(
 
 
 def as_unit_interval(images: Array) -> Float[Array, "..."]:
-    """Images as floats in [0, 1]: uint8 is divided by 255, floats pass."""
+    """Images as floats in [0, 1]: uint8 is divided by 255, floats are returned as they are."""
     return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images

@@ -1,8 +1,8 @@
 """Many students of one teacher in one compiled program: every arm of a comparison, and every seed of each.
 
-An arm is an objective. All students see the same batches; the batch is made once, and so is all that is read of the
-teacher. Students whose objectives have the same terms, and differ in schedules only, are a group: one program with the
-student as an axis, which picks the student's schedules. So a student pays for no term but its own.
+An arm is an objective. All students see the same batches; each batch is made once, and so is everything that is read of
+the teacher. Students whose objectives have the same terms and differ only in schedules form a group: one program with
+the student as an axis, which selects the student's schedules. So a student pays only for its own terms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ LAYOUTS = ("devices", "map", "vmap", "unroll")
 
 
 def divides(layout: str) -> bool:
-    """Whether a layout divides batches among the devices; else each has them whole."""
+    """Whether a layout divides batches among the devices; otherwise every device has whole batches."""
     return layout != "devices"
 
 
@@ -38,14 +38,17 @@ class Group(NamedTuple):
 
     Attributes:
       arms: their indices among all arms.
-      objectives: theirs, in this order.
+      objectives: their objectives, in the same order.
     """
 
     arms: tuple[int, ...]
     objectives: tuple[Objective, ...]
 
     def at(self, arm: Int[Array, ""], state: TrainState) -> Objective:
-        """The objective of the `arm`-th of these at a step, its schedules being numbers; the arm may be traced."""
+        """The objective of this group's `arm`-th arm at the current step, with each schedule replaced by its value.
+
+        `arm` may be traced.
+        """
 
         def numbers(objective: Objective) -> list[dict[str, Array]]:
             where = state.step, progress_of(state)
@@ -64,12 +67,12 @@ class Group(NamedTuple):
 
 
 def term_schedules(term: Term) -> list[tuple[str, Any]]:
-    """All schedules of a term by the argument they are of, "" for its weight."""
+    """All schedules of a term, each with the name of its argument, "" for the weight."""
     return [("", term.weight), *term.schedules.items()]
 
 
 def _computes(term: Term) -> tuple[Any, ...]:
-    """What a term computes, whatever it is called and by whatever schedules: equal for equal losses and options."""
+    """What a term computes, apart from its name and schedules: equal for equal losses and options."""
     loss: Any = term.loss
     if isinstance(loss, partial):
         loss = loss.func, _identity(loss.args), _identity(loss.keywords)
@@ -77,7 +80,7 @@ def _computes(term: Term) -> tuple[Any, ...]:
 
 
 def _identity(option: Any) -> Any:
-    """Equal for equal options, and hashable; an array by all of its numbers, of which its `repr` leaves some out."""
+    """A hashable value, equal for equal options; an array by all of its numbers, since its `repr` omits some."""
     if isinstance(option, np.ndarray | jax.Array):
         return option.shape, str(option.dtype), np.asarray(option).tobytes()
     if isinstance(option, Mapping):
@@ -94,7 +97,7 @@ def _shape(objective: Objective) -> tuple[Any, ...]:
 
 
 def grouped(objectives: Sequence[Objective]) -> tuple[Group, ...]:
-    """Arms by what they compute, each group in the order of its first arm.
+    """Arms grouped by what they compute, the groups in the order of their first arms.
 
     Examples:
       >>> import gompertz_jax as gj
@@ -129,7 +132,7 @@ def stacked(states: Sequence[Any]) -> Any:
 
 
 def over_students(layout: str, one: Callable[..., Any], *arguments: PyTree) -> Any:
-    """A function of one student, for all students of a group that a device has: arrays with a leading axis in and out.
+    """Apply a function of one student to all students of a group on a device: arrays have a leading axis, in and out.
 
     "vmap": all at once; convolutions become grouped ones. "unroll": one after another, each compiled by itself, so that
     the compiler may interleave them. Otherwise one after another, compiled once.
@@ -189,23 +192,25 @@ def make_comparison_step(
 
     Args:
       student: its `apply`, `mean` and `std`; the arrays are in the state.
-      optimizer: of every student.
-      groups: of `grouped`.
-      make_batch: as in `make_train_step`.
-      steps_per_dispatch: likewise.
-      seed: of the step's random keys, which are the same for all students.
-      average_decay: as in `make_train_step`.
-      logged_schedules: likewise.
-      term_gradients_every: likewise; under "vmap" the cost is that of every step.
-      layout: "devices": every device has its share of each group's students, one after another, whole batches, and the
-        teacher for itself, so that devices meet once a dispatch; a group is filled up to a multiple of the devices. On
-        one device that is "map": one after another, compiled once. "vmap": all at once. "unroll": one after another,
-        each compiled by itself. Under all but "devices" every student's batch is divided among the devices.
-      mesh: devices, with the one axis "data"; None for one device. Between dispatches each has a copy of all states.
+      optimizer: the same for every student.
+      groups: from `grouped`.
+      make_batch: see `make_train_step`.
+      steps_per_dispatch: see `make_train_step`.
+      seed: seed of the step's random keys, which are the same for all students.
+      average_decay: see `make_train_step`.
+      logged_schedules: see `make_train_step`.
+      term_gradients_every: see `make_train_step`; under "vmap" every step bears the cost.
+      layout: "devices": every device trains its share of each group's students, one after another, on whole batches and
+        with its own copy of the teacher, so that devices communicate once per dispatch; a group is padded to a multiple
+        of the number of devices. On one device that is "map": one after another, compiled once. "vmap": all at once.
+        "unroll": one after another, each compiled by itself. Under all but "devices", every student's batch is divided
+        among the devices.
+      mesh: devices, with the one axis "data"; None for one device. Between dispatches each device has a copy of all
+        states.
 
     Returns:
       `step(students, teacher, data) -> (students, metrics)`: per group a dict of arrays `[steps, students]`. A student
-      whose update was not finite stays as it is from then on, and the others go on.
+      whose update is not finite keeps its last state; the others continue.
 
     Raises:
       ValueError: an unknown layout; and as `make_train_step`.
@@ -244,7 +249,7 @@ def make_comparison_step(
         "term_gradients_every": term_gradients_every,
         "mesh": dividing,
     }
-    for group in groups:  # for its refusals
+    for group in groups:  # for its checks
         make_learn(student, optimizer, group.objectives[0], **rest)
 
     def one_step(
@@ -281,11 +286,11 @@ def make_comparison_step(
 
 
 Steps = Callable[[Students, Sequence[Array], Network | None, Any], tuple[Students, tuple[Metrics, ...]]]
-"""Steps of all students, whose arms are given beside them."""
+"""Steps of all students; their arms are a separate argument."""
 
 
 def _divided(steps: Steps, mesh: Mesh) -> Steps:
-    """The same, each group's students being divided among the devices, which have all else whole."""
+    """The same steps, with each group's students divided among the devices and everything else copied to all."""
     spread: Any = (COPIED, SPREAD)
     students_apart = Students(*spread)
     of_device = each_device(
@@ -307,11 +312,11 @@ def _divided(steps: Steps, mesh: Mesh) -> Steps:
 
 
 def _filled(rows: Array, *, multiple: int) -> Array:
-    """Rows up to a multiple of a number, the last one repeated."""
+    """Rows padded to a multiple of a number by repeating the last one."""
     return jnp.pad(rows, [(0, -len(rows) % multiple)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
 
 
 def arms_of(group: Group, states: TrainState) -> Int[Array, " students"]:
-    """Which of the group's arms each of its students is."""
+    """For each student of the group, the index of its arm among the group's arms."""
     count = len(states.failed_term)
     return jnp.asarray(np.repeat(np.arange(len(group.arms)), count // len(group.arms)))

@@ -1,10 +1,10 @@
-"""What a term of an objective computes: each a pure function of a `Record`, ready to stand in a config.
+"""What a term of an objective computes: each a pure function of a `Record`, ready for use in a config.
 
 A term reads what it needs from the record (logits, maps, vectors, what a projection made of them, pull-backs) and hands
-it to a loss of `gompertz_jax.losses`, where the formula, the source and the published weight are. Options are keywords;
-`temperature` and `epsilon` may be schedules. Where a loss joins maps, `student_stage` and `teacher_stage` are indices
-into `Outputs.features`, -1 the map that is pooled; where it joins several, `pairs` lists them, and none means index by
-index all that both networks have after their stem.
+it to a loss of `gompertz_jax.losses`, which documents the formula, the source and the published weight. Options are
+keywords; `temperature` and `epsilon` may be schedules. Where a loss compares one pair of maps, `student_stage` and
+`teacher_stage` are indices into `Outputs.features`, -1 the map that is pooled; where it compares several, `pairs` lists
+them, and an empty `pairs` means all stages that both networks have after their stem, index by index.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +35,7 @@ def cross_entropy(record: Record, *, label_smoothing: float = 0.0) -> Float[Arra
 
 
 def soft_targets(record: Record, *, temperature: Any = 4.0, standardize: bool = False) -> Float[Array, " batch"]:
-    """`soft_target_kl`; with `standardize`, as with every term of this section, of `standardize_logits`."""
+    """`soft_target_kl`; here and in the terms below, `standardize` applies `standardize_logits` first."""
     return logits.soft_target_kl(*_logits(record, standardize), temperature=temperature)
 
 
@@ -88,7 +88,7 @@ def class_correlation(
 
 
 def hint(record: Record, *, projection: str = "hint") -> Float[Array, " batch"]:
-    """`hint_distance` (FitNet) between the regressed student's map and the teacher's."""
+    """`hint_distance` (FitNet) between the student's regressed map and the teacher's."""
     return features.hint_distance(record.student_views[projection], record.teacher_views[projection])
 
 
@@ -180,13 +180,14 @@ def wasserstein(
       record: the outputs; the projection's views are used.
       projection: which maps.
       epsilon: see `sinkhorn_distance`.
-      debiased: likewise.
+      debiased: see `sinkhorn_distance`.
       cloud: "image": the positions of one image's map, paired with the same image's. "batch": every image of the global
-        batch is one point, the mean over its positions; which image is which is then ignored. "class": likewise, but
-        mass moves between images of one class only.
+        batch is one point, the mean over its positions; which student and teacher points are the same image is then
+        ignored. "class": as "batch", but mass moves only between images of one class.
       cost: see `sinkhorn_distance`.
-      marginal_penalty: likewise; 0 keeps both marginals.
-      threshold: likewise. A looser one saves iterations where maps have come near each other, which needs the most.
+      marginal_penalty: see `sinkhorn_distance`; 0 keeps both marginals.
+      threshold: see `sinkhorn_distance`. A looser one saves iterations where maps are close to each other, which takes
+        the most.
 
     Returns:
       One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
@@ -270,11 +271,11 @@ def _told(health: Any, dtype: Any) -> Health:
 
 
 class Target(NamedTuple):
-    """Of which score the gradient is taken.
+    """The score whose gradient is taken.
 
     Attributes:
       direction: `(logits, labels, key) -> cotangent of the logits`.
-      own: each network's is that of its own logits; else the teacher's direction is both networks'.
+      own: whether each network uses the direction of its own logits; otherwise both use the teacher's.
     """
 
     direction: Callable[[Array, Array, Any], Array]
@@ -299,7 +300,7 @@ class TeacherGradient(NamedTuple):
 def teacher_gradient(
     taught: Taught, *, target: str = "top_class", images: int = 0, stages: tuple[int, ...] = (), **_: Any
 ) -> TeacherGradient:
-    """What `gradient_match` with these options asks of the teacher; its other options do not matter here."""
+    """What `gradient_match` with these options reads of the teacher; its other options are ignored."""
     if images in (0, len(taught.labels)):
         outputs, pull_back = taught.outputs, taught.pullback
     else:
@@ -329,17 +330,17 @@ def gradient_match(
       kind: see `gradient_distance`.
       pool: both gradients are average-pooled by `pool x pool` first: pixel gradients of independently trained networks
         hardly agree, coarse ones do.
-      images: how many images of the batch are compared, its first ones; 0 for all. All share the training-mode forward
-        pass of the other terms; fewer are passed through the student once more, in evaluation mode.
-      stages: none for the gradient at the images; (student stage, teacher stage) for `contribution_map` at these maps,
+      images: how many images are compared, the first ones of the batch; 0 for all. All of them share the training-mode
+        forward pass of the other terms; fewer go through the student once more, in evaluation mode.
+      stages: empty for the gradient at the images; (student stage, teacher stage) for `contribution_map` at these maps,
         the larger one averaged to the size of the smaller.
-      of_teacher: `teacher_gradient` with the same options, where it is known already.
+      of_teacher: the result of `teacher_gradient` with the same options, if it is already computed.
 
     Returns:
       One distance per compared image.
 
     Raises:
-      ValueError: `target` is unknown, `images` is negative or exceeds the batch, `stages` is no pair.
+      ValueError: `target` is unknown, `images` is negative or exceeds the batch, `stages` is not a pair.
     """
     teacher = record.taught()
     batch = teacher.logits.shape[0]
@@ -378,7 +379,7 @@ def _gradient(outputs: Outputs, pull_back: Any, cotangent: Array, stage: tuple[i
     return gradients.contribution_map(outputs.features[index], pull_back(cotangent, stage=index))[..., None]
 
 
-# Published forms of it, under their names.
+# Published forms of `gradient_match`, under their names.
 jacobian = partial(gradient_match, target="top_class", kind="normalized_l2", pool=1)
 sobolev = partial(gradient_match, target="random", kind="l2", pool=1)
 gradient_attention = partial(gradient_match, target="cross_entropy", kind="l2", pool=1)

@@ -1,8 +1,8 @@
 """The same number of trials for every arm, over its own curve's and terms' parameters, all in one program.
 
 Trials are arms of a comparison, so they train at once and see the same batches. Validation chooses; the test images are
-not read. What wins is written as a config, which a comparison takes as an arm: on fresh seeds, since the winner of many
-trials is partly the luckiest.
+not read. The winner is written as a config, which a comparison takes as an arm: on fresh seeds, since the winner of
+many trials is partly the luckiest.
 """
 
 import ast
@@ -30,7 +30,7 @@ RESULT = "tune.json"
 
 
 class Range(NamedTuple):
-    """Between what a parameter is drawn; by its logarithm unless `linear`."""
+    """The range from which a parameter is drawn, by its logarithm unless `linear`."""
 
     low: float
     high: float
@@ -43,7 +43,7 @@ class Range(NamedTuple):
         return float(f"{self.low * (self.high / self.low) ** share:.4g}")
 
 
-# What is drawn of a curve, wherever it stands in an arm's curve, but not under `matched`, where only its mean counts.
+# What is drawn for a curve anywhere in an arm's curve, except under `matched`, where only its mean counts.
 CURVES: Mapping[str, Mapping[str, Range]] = {
     "gompertz": {"displacement": Range(2.0, 20.0), "rate": Range(3.0, 20.0)},
     "gompertz_through": {"inflection": Range(0.05, 0.8, linear=True)},
@@ -51,13 +51,13 @@ CURVES: Mapping[str, Mapping[str, Range]] = {
     "linear": {"until": Range(0.1, 1.0, linear=True)},
     "cosine": {"since": Range(0.0, 0.8, linear=True)},
 }
-# What is drawn of every term that distils: its weight by a factor, and these of its options, where it has them.
+# What is drawn for every term that distils: a factor on its weight, and these options, if it has them.
 FACTOR = Range(0.25, 4.0)
 OPTIONS: Mapping[str, Range] = {"temperature": Range(1.0, 10.0), "epsilon": Range(0.01, 0.3)}
 
 
 class Knob(NamedTuple):
-    """One parameter of an arm, and how a config is changed to have a value of it."""
+    """One parameter of an arm, and how a config is changed to a value of it."""
 
     name: str
     range: Range
@@ -65,7 +65,7 @@ class Knob(NamedTuple):
 
 
 def knobs(config: Config) -> list[Knob]:
-    """What there is to draw of an arm."""
+    """The parameters that can be drawn for an arm."""
     distilling = {name: spec for name, spec in config.objective.terms.items() if spec.loss != "cross_entropy"}
     found = []
     if any("curve" in str(spec.get("weight", LOSSES[spec.loss].weight)) for spec in distilling.values()):
@@ -135,7 +135,7 @@ def shares(search: str, trials: int, dimensions: int, seed: int) -> np.ndarray:
         return np.random.default_rng(seed).random((trials, dimensions))
     from scipy.stats import qmc
 
-    # A power of two keeps Sobol's balance; of more points than asked for, the first are taken.
+    # A power of two keeps Sobol's balance; surplus points are dropped.
     points = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
     return points.random_base2(max(0, (trials - 1).bit_length()))[:trials]
 
@@ -154,10 +154,10 @@ def tune(
 
     Args:
       config: what is common to all: see `compare`. It must hold out validation images.
-      workdir: where everything is kept; a search that is there is continued.
+      workdir: where everything is kept; an existing search is continued.
       arms: name -> config, as in `compare`.
-      trials: of every arm.
-      seeds: of every trial; its accuracy is their mean.
+      trials: how many for every arm.
+      seeds: how many for every trial, whose accuracy is their mean.
       search: "sobol" or "random"; drawn by the config's `seed`.
       layout: see `compare`.
 
@@ -165,7 +165,7 @@ def tune(
       The content of tune.json.
 
     Raises:
-      RunError: as `compare`; no validation images; an arm of which nothing can be drawn.
+      RunError: as `compare`; no validation images; an arm without parameters to draw.
     """
     workdir = Path(workdir).expanduser()
     if trials < 1:
@@ -208,7 +208,7 @@ def tune(
 
 
 def _ranked(name: str, drawn: list[dict[str, float]], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An arm's trials, the best first; one of which a student failed comes last."""
+    """An arm's trials, the best first; those with a failed student come last."""
     trials = []
     for index, values in enumerate(drawn):
         students = results["arms"][f"{name}-{index}"]["students"]

@@ -74,7 +74,7 @@ def solve(
       max_iterations: iterations after which it is given up, in steps of 5.
       weights: a `[B, n]` and b `[B, m]`, each of sum 1; None: uniform.
       penalty: rho, a scalar; None: the marginals are prescribed.
-      symmetric: whether the costs are, and both weights equal.
+      symmetric: whether the costs are symmetric and both weights equal.
     """
     n, m = cost.shape[-2:]
     if weights is None:

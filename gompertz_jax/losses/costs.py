@@ -1,4 +1,4 @@
-"""What transport pays between the points of two clouds, and between classes."""
+"""Transport costs between the points of two clouds, and between classes."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1
     rows of the teacher's last layer.
 
     Args:
-      class_vectors: of the teacher, `[K, b, d]` for CKA (logits or features of the same number of images for every
+      class_vectors: the teacher's, `[K, b, d]` for CKA (logits or features of the same number of images for every
         class), or `[K, d]` for the cosine (rows of the last layer's weights, class means). A class whose vectors are
         zero (for CKA: do not vary) is unrelated to every other, :math:`\mathrm{IR} = 0`.
       sharpness: :math:`\kappa`, positive.
@@ -85,7 +85,7 @@ def _cosine_distances(x: Array, y: Array) -> Array:
 
 
 def check_cost(cost: Cost, x: Array, y: Array) -> None:
-    """Refuse what is not a cost of clouds `x` and `y`, `[..., n, d]` and `[..., m, d]`."""
+    """Refuse anything that is not a cost of clouds `x` and `y`, `[..., n, d]` and `[..., m, d]`."""
     if isinstance(cost, str):
         if cost not in ("squared_euclidean", "cosine"):
             raise ValueError(f"cost must be 'squared_euclidean', 'cosine' or a function, got {cost!r}")

@@ -19,7 +19,7 @@ from .._numerics import largest_magnitude, matmul, raised, unit_vectors
 def pool_map(
     feature_map: Float[Array, "batch height width channels"], size: int | Sequence[int]
 ) -> Float[Array, "batch pooled_height pooled_width channels"]:
-    r"""Mean of a feature map over windows, as many as asked for.
+    r"""Mean of a feature map over a given number of windows.
 
     .. math:: \text{window } i \text{ of } n \text{ over } h \text{ rows}: \quad
        \lfloor i h / n \rfloor \le \text{row} < \lceil (i + 1) h / n \rceil
@@ -57,8 +57,8 @@ def attention_map(
 
     .. math:: \frac{q}{\|q\|_2}, \qquad q_{yx} = \frac{1}{C} \sum_c |a_{yxc}|^p
 
-    Computed without overflow or underflow at any magnitude of the map. A map of zeros has no direction: zeros stand in
-    for it, with a derivative of exactly 0.
+    Computed without overflow or underflow at any magnitude of the map. A map of zeros has no direction: it stays zero,
+    with a derivative of exactly 0.
 
     Args:
       feature_map: activations a, `[B, h, w, c]`.
@@ -229,9 +229,9 @@ def variational_information(
     .. math:: \frac{1}{h w C} \sum_{yxc} \frac{1}{2} \left( \frac{(\mu_{yxc} - b_{yxc})^2}{\sigma_c^2}
        + \ln \sigma_c^2 \right)
 
-    Without the constant :math:`\ln(2 \pi) / 2`; it is a lower bound of the mutual information, sign reversed. Mean and
-    variance come from a projection (`VariationalRegressor`), which also averages the larger map to the smaller size.
-    The teacher receives no gradient.
+    The constant :math:`\ln(2 \pi) / 2` is left out. With its sign reversed, this is a lower bound of the mutual
+    information. Mean and variance come from a projection (`VariationalRegressor`), which also averages the larger map
+    to the smaller size. The teacher receives no gradient.
 
     Args:
       student_mean: the predicted mean, `[B, h, w, c]`.
@@ -242,7 +242,8 @@ def variational_information(
       One value per image, `[B]`, in nats per element of the map; may be negative.
 
     Raises:
-      ValueError: if `teacher_map` has not the shape of `student_mean`, or `student_variance` is not one per channel.
+      ValueError: if `teacher_map` does not have the shape of `student_mean`, or `student_variance` is not one per
+        channel.
 
     Examples:
       >>> import jax.numpy as jnp, gompertz_jax as gj

@@ -122,7 +122,7 @@ def gradient_distance(
     The teacher receives no gradient. A gradient that is zero has no direction: if either side is zero (below the
     smallest normal number everywhere), the cosine distance is 1, the normalised one 2, and the derivative is exactly 0.
     Both are computed without overflow or underflow at any other magnitude; "l2" is quadratic in the gradients and
-    overflows float32 from about 1e19 on (its derivative does not).
+    overflows float32 above about 1e19 (its derivative does not).
 
     Args:
       student_gradient: `[B, ...]`.
@@ -177,15 +177,15 @@ def gradient_matching(
 ) -> Float[Array, " batch"]:
     """Distance between the input gradients of both networks' scores, one value per image.
 
-    `gradient_distance(input_gradient(student), input_gradient(teacher))`. It is ready to sit inside an outer `jax.grad`
+    `gradient_distance(input_gradient(student), input_gradient(teacher))`. It can be used inside an outer `jax.grad`
     with respect to what `student_score_fn` closes over; the teacher's gradient is a constant there.
 
-    That teacher and student are matched in their backward pass is in the Gompertz-CNN paper's abstract; that it is the
-    input gradient, of which score, and compared by the cosine, is our reconstruction.
+    The Gompertz-CNN paper's abstract says that teacher and student are matched in their backward pass; the choice of
+    the input gradient, of the score and of the cosine is our reconstruction.
 
     Args:
       student_score_fn: images `[B, h, w, c]` -> scores `[B]`.
-      teacher_score_fn: the same of the teacher.
+      teacher_score_fn: the same for the teacher.
       images: the common images of both, `[B, h, w, c]`.
       kind: see `gradient_distance`.
 
@@ -223,11 +223,11 @@ def top_class(logits: Float[Array, "..."]) -> Float[Array, "..."]:
 
     .. math:: v_k = [k = \arg\max_j z_j]
 
-    The teacher's serves both networks, so that both are asked about the same class. It is constant where it is
-    differentiated.
+    The teacher's direction serves both networks, so that both gradients are of the same class. It is a constant in
+    differentiation.
 
     Args:
-      logits: the teacher's, `[..., K]`; of equal ones the first is the largest.
+      logits: the teacher's, `[..., K]`; of equal logits the first counts as the largest.
 
     Returns:
       One one-hot vector per example, `[..., K]`, in at least float32.
@@ -254,14 +254,14 @@ def label_class(logits: Float[Array, "*batch classes"], labels: Int[Array, "..."
     .. math:: v_k = [k = y]
 
     Args:
-      logits: of either network, `[..., K]`: their shape and dtype alone are read.
+      logits: either network's, `[..., K]`: only their shape and dtype are read.
       labels: classes y, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
 
     Returns:
       One one-hot vector per example, `[..., K]`, in at least float32.
 
     Raises:
-      ValueError: if `labels` has not the shape of `logits` less its last axis.
+      ValueError: if `labels` does not have the shape of `logits` without its last axis.
 
     Examples:
       >>> import jax.numpy as jnp, gompertz_jax as gj
@@ -292,14 +292,14 @@ def cross_entropy_direction(
     sum of the others' probabilities, not one minus its own. There the vector is nearly zero, and so is the gradient.
 
     Args:
-      logits: of the network whose gradient is taken, `[..., K]`.
+      logits: those of the network whose gradient is taken, `[..., K]`.
       labels: classes y, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
 
     Returns:
       One vector of sum 0 per example, `[..., K]`, in at least float32.
 
     Raises:
-      ValueError: if `labels` has not the shape of `logits` less its last axis.
+      ValueError: if `labels` does not have the shape of `logits` without its last axis.
 
     Examples:
       >>> import jax.numpy as jnp, gompertz_jax as gj
@@ -326,7 +326,7 @@ def random_direction(logits: Float[Array, "..."], *, key: PRNGKeyArray) -> Float
     :math:`J^\top v` is the squared Frobenius norm of the Jacobian J, divided by K.
 
     Args:
-      logits: of either network, `[..., K]`: their shape and dtype alone are read.
+      logits: either network's, `[..., K]`: only their shape and dtype are read.
       key: random key; equal keys give equal vectors.
 
     Returns:
@@ -364,13 +364,13 @@ def jacobian_matching(
     .. math:: \left| \frac{g}{|g|} - \frac{h}{|h|} \right|^2, \qquad
        g = \nabla_x z^S_m, \quad h = \nabla_x z^T_m, \quad m = \arg\max_k z^T_k
 
-    One row of the Jacobian stands for all K, which would cost K backward passes. Ready to sit inside an outer
+    One row of the Jacobian stands for all K, which would cost K backward passes. It can be used inside an outer
     `jax.grad` with respect to what `student_fn` closes over; the teacher is a constant there. BatchNorm in training
     mode couples the images of a batch, see `input_gradient`. `gradient_distance` says what a zero gradient gives.
 
     Args:
       student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
-      teacher_fn: the same of the teacher.
+      teacher_fn: the same for the teacher.
       images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
 
     Returns:
@@ -416,15 +416,15 @@ def sobolev_matching(
     .. math:: |\nabla_x \langle z^S, v \rangle - \nabla_x \langle z^T, v \rangle|^2, \qquad
        v \text{ uniform on the unit sphere}, \qquad E_v = \frac{1}{K} \|J^S - J^T\|_F^2
 
-    The stochastic form of Sobolev training: one backward pass a network stands for the K of a whole Jacobian. Each
-    image has a direction of its own, the same for both networks (`random_direction`). It is the logits that are
-    projected, not the log-probabilities: those differ by the gradient of the normaliser, which puts the whole softmax
-    into every projection. In squared units of logits per unit of the images; a smaller image has a larger one. Ready to
-    sit inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a constant there.
+    The stochastic form of Sobolev training: one backward pass per network stands for the K of a whole Jacobian. Each
+    image has its own direction, the same for both networks (`random_direction`). The logits are projected, not the
+    log-probabilities: the latter differ by the gradient of the normaliser, which puts the whole softmax into every
+    projection. In squared units of logits per unit of the images; smaller images give larger values. It can be used
+    inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a constant there.
 
     Args:
       student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
-      teacher_fn: the same of the teacher.
+      teacher_fn: the same for the teacher.
       images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
       key: random key, a new one at every step.
 
@@ -467,12 +467,12 @@ def gradient_attention_transfer(
     .. math:: |J_S - J_T|^2, \qquad J = \nabla_x (-\ln q_y), \quad q = \mathrm{softmax}(z)
 
     The teacher's gradient vanishes where it is certain of the label: there the loss is the squared norm of the
-    student's. Ready to sit inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a
+    student's. It can be used inside an outer `jax.grad` with respect to what `student_fn` closes over; the teacher is a
     constant there. BatchNorm in training mode couples the images of a batch, see `input_gradient`.
 
     Args:
       student_fn: images `[B, h, w, c]` -> logits `[B, K]`.
-      teacher_fn: the same of the teacher.
+      teacher_fn: the same for the teacher.
       images: the common images of both, `[B, h, w, c]`; handed on in at least float32.
       labels: classes y, integers from 0 to K - 1, `[B]`. Any other label gives NaN.
 
@@ -514,7 +514,7 @@ def _distance_of_pullbacks(
     *,
     kind: str,
 ) -> Array:
-    """Distance between the input gradients along `directions(student logits, teacher logits)`, of one forward each."""
+    """Distance between the input gradients along `directions(student logits, teacher logits)`, one forward each."""
     (images,) = raised(images)
     student_logits, pull_student = jax.vjp(lambda images: _logits("student_fn", student_fn, images), images)
     teacher_logits, pull_teacher = jax.vjp(lambda images: _logits("teacher_fn", teacher_fn, images), images)
@@ -550,14 +550,14 @@ def contribution_map(
 
     .. math:: m_{yx} = \sum_c a_{yxc} \, \frac{\partial s}{\partial a_{yxc}}
 
-    The sum over the channels of activation times gradient, with its sign. It is what the score would lose to first
-    order if the position were set to zero, in units of the score and whatever the width of the map: so two networks of
+    The sum over the channels of activation times gradient, with its sign. To first order, it is what the score would
+    lose if the position were set to zero, in units of the score whatever the width of the map: so two networks of
     different widths can be compared at a stage, by `gradient_distance` (and `pool_gradient` of `m[..., None]`). Both
-    maps must have one size then: pool the larger one's contributions first, `pool_map(m[..., None], size)`. Between
-    the last map and a linear classifier after the mean, the contributions of all positions add up to the logit less
-    its bias. Neither argument is held constant: the student's part of a loss is differentiated through both.
+    maps must then have the same size: pool the larger one's contributions first, `pool_map(m[..., None], size)`.
+    Between the last map and a linear classifier after the mean, the contributions of all positions add up to the logit
+    minus its bias. Neither argument is held constant: the student's part of a loss is differentiated through both.
 
-    That two networks are matched by it at a stage is our reconstruction; no paper is known to do this.
+    Matching two networks by it at a stage is our reconstruction; we know of no paper that does this.
 
     Args:
       feature_map: the map a of a stage, `[B, h, w, c]`.

@@ -29,7 +29,7 @@ def soft_target_kl(
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`. A score of minus infinity masks a class, provided the
         teacher masks it too.
-      teacher_logits: the same of the teacher, `[..., K]`.
+      teacher_logits: the same for the teacher, `[..., K]`.
       temperature: `T`, positive, in units of the logits; a traced scalar (a schedule inside the step) is accepted
         unchecked.
 
@@ -64,12 +64,12 @@ def multi_temperature_kl(
 
     .. math:: \sum_T T^2 \, \mathrm{KL}(p^{(T)} \,\|\, q^{(T)})
 
-    A sum and not a mean: five temperatures weigh five times as much as one. The teacher receives no gradient. The other
-    two levels are `batch_correlation` and `class_correlation`, which the method adds at the same temperatures.
+    It is a sum, not a mean: five temperatures weigh five times as much as one. The teacher receives no gradient. The
+    other two levels are `batch_correlation` and `class_correlation`, which the method adds at the same temperatures.
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
-      teacher_logits: the same of the teacher, `[..., K]`.
+      teacher_logits: the same for the teacher, `[..., K]`.
       temperatures: the temperatures T, positive, at least one; traced scalars are accepted unchecked.
 
     Returns:
@@ -108,25 +108,25 @@ def decoupled_kl(
     beta: Scalar = 8.0,
     temperature: Scalar = 4.0,
 ) -> Float[Array, "*batch"]:
-    r"""Divergence of the student from the teacher, with its part about the other classes under a weight of its own.
+    r"""Divergence of the student from the teacher, with a separate weight on its part about the other classes.
 
     .. math:: T^2 \left( \alpha \, \mathrm{KL}(b \,\|\, \hat b) + \beta \, \mathrm{KL}(r \,\|\, \hat r) \right),
        \qquad b = (p_y, \, 1 - p_y), \quad r = \left( \frac{p_k}{1 - p_y} \right)_{k \ne y}
 
     with the teacher's probabilities :math:`p = \mathrm{softmax}(\text{teacher} / T)` and the label y; hats are the
-    student's. The first part is how sure the networks are of the label, the second how they see the other classes,
-    which plain soft targets weigh by :math:`1 - p_y`: with :math:`\alpha = 1` and that as beta this is
-    `soft_target_kl`. Of two classes the second part is 0. :math:`1 - p_y` is summed up from the other classes in log
+    student's. The first part compares how sure the networks are of the label, the second how they see the other
+    classes, which plain soft targets weigh by :math:`1 - p_y`: with :math:`\alpha = 1` and :math:`\beta = 1 - p_y` this
+    is `soft_target_kl`. With two classes the second part is 0. :math:`1 - p_y` is summed from the other classes in log
     space, so that nothing cancels where the label has probability 1. The teacher receives no gradient.
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`, K at least 2. Some class other than the label must
         have a score above minus infinity.
-      teacher_logits: the same of the teacher, `[..., K]`.
+      teacher_logits: the same for the teacher, `[..., K]`.
       labels: classes, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
       alpha: weight of the label's part, at least 0; a traced scalar is accepted unchecked.
-      beta: weight of the other classes' part, at least 0; likewise.
-      temperature: `T`, positive; likewise.
+      beta: weight of the other classes' part, at least 0; a traced scalar is accepted unchecked.
+      temperature: `T`, positive; a traced scalar is accepted unchecked.
 
     Returns:
       One value per example, `[...]`, in nats, in at least float32.
@@ -149,7 +149,7 @@ def decoupled_kl(
       `linear_schedule(total_steps, until=20 / epochs)`); alpha 1, T 4, and beta 8 (by pair: 8 for ResNet50 ->
       MobileNetV2 and ResNet32x4 -> ResNet8x4, 6 for VGG13 -> MobileNetV2 and WRN40-2 -> WRN16-2, 2 for ResNet56 ->
       ResNet20; mdistiller, CIFAR-100). mdistiller takes the label out of the second part by lowering its score by 1000,
-      and the logarithm of the first part in probability space.
+      and takes the logarithm of the first part in probability space.
     """
     student, teacher, temperature = softened(student_logits, teacher_logits, temperature)
     check_labels(labels, student)
@@ -196,7 +196,7 @@ def interclass_correlation(
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
-      teacher_logits: the same of the teacher, `[..., K]`.
+      teacher_logits: the same for the teacher, `[..., K]`.
       temperature: `T`, positive; a traced scalar is accepted unchecked.
 
     Returns:
@@ -230,15 +230,14 @@ def standardize_logits(
     .. math:: \frac{z_k - \mu}{\sigma + \epsilon}, \qquad
        \mu = \frac{1}{K} \sum_k z_k, \quad \sigma^2 = \frac{1}{K} \sum_k (z_k - \mu)^2
 
-    Student and teacher, standardised each by its own, need to agree in the relations between classes only and no longer
-    in their spread: it is as if each image and network had the temperature :math:`\sigma T`. What the paper calls the
-    base temperature is the T of the loss that follows, in units of standard deviations: 2, with a weight of 9. Logits
-    that are all equal become 0, with a derivative of exactly 0.
+    Student and teacher, each standardised by its own mean and deviation, need to agree only in the relations between
+    classes, no longer in their spread: it is as if each image and network had its own temperature :math:`\sigma T`.
+    What the paper calls the base temperature is the T of the loss that follows, in units of standard deviations: 2,
+    with a weight of 9. Logits that are all equal become 0, with a derivative of exactly 0.
 
     Args:
       logits: finite scores, `[..., K]`.
-      epsilon: what keeps the denominator from 0, positive, in units of the logits; a traced scalar is accepted
-        unchecked.
+      epsilon: keeps the denominator from 0; positive, in units of the logits; a traced scalar is accepted unchecked.
 
     Returns:
       The standardised logits, `[..., K]`, in at least float32.
@@ -293,7 +292,8 @@ def cross_entropy(
       One value per example, `[...]`.
 
     Raises:
-      ValueError: if `labels` has not the shape of `logits` less its last axis, or `label_smoothing` is outside [0, 1).
+      ValueError: if `labels` does not have the shape of `logits` without its last axis, or `label_smoothing` is outside
+        [0, 1).
 
     Examples:
       >>> import jax.numpy as jnp, gompertz_jax as gj
@@ -332,7 +332,7 @@ def target_cross_entropy(
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
-      teacher_logits: the same of the teacher, `[..., K]`.
+      teacher_logits: the same for the teacher, `[..., K]`.
       labels: target classes, integers from 0 to K - 1, `[...]`. Any other label gives NaN.
 
     Returns:
@@ -362,7 +362,7 @@ def target_cross_entropy(
 def softened(
     student_logits: Float[Array, "*batch classes"], teacher_logits: Float[Array, "..."], temperature: Scalar
 ) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"], Float[Array, ""]]:
-    """Both networks' logits, less their maximum, over the temperature, and the temperature; the teacher's are constant.
+    """Both networks' `(logits - maximum) / temperature`, and the temperature; the teacher's are constant.
 
     Raises:
       ValueError: if the shapes differ or `temperature` is not positive.
@@ -375,8 +375,8 @@ def softened(
     temperature = positive_number("temperature", temperature)
     student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
     temperature = jnp.asarray(temperature, student.dtype)
-    # No loss here sees a shift. Compilers fuse the division with the subtraction of the maximum inside of the softmax:
-    # what rounding leaves there is large where the logits are, unless the maximum is 0 before.
+    # No loss here depends on a shift. Compilers fuse the division with the subtraction of the maximum inside the
+    # softmax, whose rounding error is large where the logits are large, unless the maximum is already 0.
     student, teacher = (z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True)) for z in (student, teacher))
     return student / temperature, teacher / temperature, temperature
 
@@ -387,7 +387,7 @@ def correlation_distance(x: Float[Array, "*batch size"], y: Float[Array, "*batch
 
 
 def _centered(x: Array) -> Array:
-    """Less the mean over the last axis. What is constant becomes exactly 0: its mean may be rounded, 0 may not."""
+    """Minus the mean over the last axis. Constants become exactly 0: their mean may be rounded, that of 0 is not."""
     x = x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
     return x - jnp.mean(x, axis=-1, keepdims=True)
 
@@ -402,7 +402,7 @@ def _divergence(student: Array, teacher: Array) -> Array:
 
 
 def check_labels(labels: Array, logits: Array) -> None:
-    """Refuse labels that are not one for each row of logits."""
+    """Refuse labels that are not one per row of logits."""
     if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of logits without its last axis, got {labels.shape} and {logits.shape}"
@@ -410,10 +410,10 @@ def check_labels(labels: Array, logits: Array) -> None:
 
 
 def positions(labels: Array, classes: int) -> Array:
-    """Labels as indices of an axis of that many classes; where one is negative, the first index that is outside.
+    """Labels as indices of an axis of that many classes; a negative one becomes the first index out of range.
 
-    A negative index counts from the end of an axis, which would be the score of another class. What is outside,
-    `take_along_axis` reads as NaN.
+    A negative index would count from the end of the axis and read the score of another class. Out of range,
+    `take_along_axis` gives NaN.
     """
     labels = labels.astype(jnp.int32)
     return jnp.where(labels < 0, classes, labels)

@@ -1,8 +1,8 @@
 """Losses between the images of a batch: which of them the teacher finds alike, and whether the student agrees.
 
-All of them are batch-relational: a value is the one of an image's row in a matrix over the whole batch (or of a class),
-and changes with the other images. The mean of the values is the published loss. Features are `[B, ...]`, flattened to
-one vector an image; only relations within each network are compared, so that the widths of both may differ.
+All of them are batch-relational: each value belongs to the row of an image (or of a class) in a matrix over the whole
+batch, and changes with the other images. The mean of the values is the published loss. Features are `[B, ...]`,
+flattened to one vector per image; only relations within each network are compared, so their widths may differ.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def intraclass_correlation(
 
     Args:
       student_logits: unnormalised log-probabilities, `[B, K]`.
-      teacher_logits: the same of the teacher, `[B, K]`.
+      teacher_logits: the same for the teacher, `[B, K]`.
       temperature: `T`, positive; a traced scalar is accepted unchecked.
 
     Returns:
@@ -56,7 +56,7 @@ def intraclass_correlation(
 
     References:
       Huang et al., Knowledge Distillation from A Stronger Teacher, 2022, https://arxiv.org/abs/2205.10536. Published
-      weight and the factor T^2: see `interclass_correlation`, the same.
+      weight and the factor T^2: as for `interclass_correlation`.
     """
     student, teacher, temperature = _probabilities(student_logits, teacher_logits, temperature)
     return jnp.square(temperature) * correlation_distance(student.T, teacher.T)
@@ -75,7 +75,7 @@ def batch_correlation(
 
     Args:
       student_logits: unnormalised log-probabilities, `[B, K]`.
-      teacher_logits: the same of the teacher, `[B, K]`.
+      teacher_logits: the same for the teacher, `[B, K]`.
       temperature: `T`, positive; a traced scalar is accepted unchecked.
 
     Returns:
@@ -107,12 +107,12 @@ def class_correlation(
     .. math:: \sum_l \Big( \sum_i q_{ik} q_{il} - \sum_i p_{ik} p_{il} \Big)^2, \qquad
        p = \mathrm{softmax}(\text{teacher} / T), \quad q = \mathrm{softmax}(\text{student} / T)
 
-    Batch-relational, one value per **class** k; i runs over the batch. The inner sums are no means, so that the value
-    grows with the square of the batch. There is no factor T^2. The teacher receives no gradient.
+    Batch-relational, one value per **class** k; i runs over the batch. The inner sums are not means, so the value grows
+    with the square of the batch. There is no factor T^2. The teacher receives no gradient.
 
     Args:
       student_logits: unnormalised log-probabilities, `[B, K]`.
-      teacher_logits: the same of the teacher, `[B, K]`.
+      teacher_logits: the same for the teacher, `[B, K]`.
       temperature: `T`, positive; a traced scalar is accepted unchecked.
 
     Returns:
@@ -245,8 +245,8 @@ def relational_distance(
     with the Huber loss :math:`\ell`, quadratic up to a difference of 1. Batch-relational: i is the image, j runs over
     the batch, and the mean distance is the whole batch's. The student's features a and the teacher's b may have any
     shape. The teacher receives no gradient. The derivative of a distance of 0 is taken as 0; where all images coincide
-    all distances are 0. Distances are those of differences and not of scalar products, which cancel; they are computed
-    for 16 images at a time, and again for the derivative, so that :math:`B^2 d` numbers are never held in memory.
+    all distances are 0. Distances are computed from differences, not from scalar products, which cancel, for 16 images
+    at a time and again for the derivative, so that :math:`B^2 d` numbers are never held in memory.
 
     Args:
       student_features: a, `[B, ...]`, flattened.
@@ -267,7 +267,8 @@ def relational_distance(
     References:
       Park et al., Relational Knowledge Distillation, 2019, https://arxiv.org/abs/1904.05068. Published weight: 25, on
       pooled features, together with 50 on `relational_angle` (the paper's 1 to 2; the figures are those of RepDistiller
-      and mdistiller). The reference code takes the mean over all B^2 pairs, as here, an image with itself included.
+      and mdistiller). The reference code takes the mean over all B^2 pairs, as here, those of an image with itself
+      included.
     """
     student, teacher = _vectors(student_features, teacher_features)
     student, teacher = _relative_distances(_to_unit_scale(student)), _relative_distances(_to_unit_scale(teacher))
@@ -284,14 +285,15 @@ def relational_angle(
        \langle f_{ij}, f_{ik} \rangle \right), \qquad
        e_{ij} = \frac{a_j - a_i}{|a_j - a_i|}, \quad f_{ij} = \frac{b_j - b_i}{|b_j - b_i|}
 
-    with the Huber loss :math:`\ell`, quadratic up to a difference of 1, of cosines. Batch-relational: i is the image at
-    which the angle is, j and k run over the batch. The student's features a and the teacher's b may have any shape. The
-    teacher receives no gradient. Two images that coincide have no direction between them: a cosine of 0, with a
-    derivative of exactly 0.
+    with the Huber loss :math:`\ell` of cosines, quadratic up to a difference of 1. Batch-relational: i is the image at
+    the vertex of the angle, j and k run over the batch. The student's features a and the teacher's b may have any
+    shape. The teacher receives no gradient. Two images that coincide have no direction between them: a cosine of 0,
+    with a derivative of exactly 0.
 
-    It costs :math:`B^3` cosines of :math:`d` multiplications each, for 128 images of 256 numbers 1 GFLOP a network, and
-    three times that with the derivative. They are computed for 16 images at a time and again for the derivative, so
-    that the memory grows as :math:`16 (B^2 + B d)` and not as :math:`B^3 + B^2 d`: 12 MB there, value and gradient.
+    It costs :math:`B^3` cosines of :math:`d` multiplications each: 1 GFLOP per network for 128 images of 256 numbers,
+    and three times that with the derivative. They are computed for 16 images at a time and again for the derivative, so
+    that the memory grows as :math:`16 (B^2 + B d)` and not as :math:`B^3 + B^2 d`: 12 MB in this example, for value and
+    gradient.
 
     Args:
       student_features: a, `[B, ...]`, flattened.
@@ -336,7 +338,7 @@ def probabilistic_transfer(
     .. math:: \frac{1}{B} \sum_j p_{ij} \ln \frac{p_{ij} + \epsilon}{q_{ij} + \epsilon}, \qquad
        q_{ij} = \frac{1 + \cos(a_i, a_j)}{\sum_l 1 + \cos(a_i, a_l)}, \quad \epsilon = 10^{-7}
 
-    and p of the teacher's features b likewise. Batch-relational: i is the image, j runs over the batch, the image
+    and p is the same for the teacher's features b. Batch-relational: i is the image, j runs over the batch, the image
     itself included. Both may have any shape. The teacher receives no gradient. Features of zeros have no direction and
     are taken as orthogonal to all others, with a derivative of exactly 0.
 
@@ -391,16 +393,16 @@ def contrastive_representation(
     constant in differentiation.
 
     **The teacher's embeddings receive a gradient**, unlike any other teacher argument in this package: both embeddings
-    are learned linear maps of the pooled features, trained with the student. Whoever passes features of the teacher
-    itself stops the gradient before that map.
+    are learned linear maps of the pooled features, trained with the student. If you pass features of the teacher
+    itself, stop the gradient before that map.
 
-    This is the in-batch form. The negatives are the B - 1 other images of the batch and not 16,384 of a memory bank. So
-    there is no state to keep, and the negatives are embedded by the present networks and receive gradients, where the
-    bank's are running means of former epochs. But the bound on the mutual information, which is at most the logarithm
+    This is the in-batch form. The negatives are the B - 1 other images of the batch, not 16,384 from a memory bank. So
+    there is no state to keep, and the negatives are embedded by the current networks and receive gradients, whereas the
+    bank's are running means of earlier epochs. But the bound on the mutual information, which is at most the logarithm
     of the number of negatives, is lower (4.1 nats at a batch of 64, 9.7 with the bank), the value is smaller (about
     :math:`2 \ln B + 2` where nothing is learned yet), and a large batch helps. Without `labels` the negatives include
-    images of the same class. With them those are left out, as the reference samples its negatives. An image without
-    negatives (a batch of one, or all labels equal) has the value 0 and no gradient.
+    images of the same class. With `labels` those are left out, as in the reference's sampling of negatives. An image
+    without negatives (a batch of one, or all labels equal) has the value 0 and no gradient.
 
     Args:
       student_embeddings: s, `[B, d]`; normalised here. Zeros count as orthogonal to all others.
@@ -470,7 +472,7 @@ def _probabilities(
 def _vectors(
     student_features: Array, teacher_features: Array
 ) -> tuple[Float[Array, "batch _"], Float[Array, "batch _"]]:
-    """Both networks' features, one vector an image, in one dtype, the teacher's without gradient.
+    """Both networks' features, one vector per image, in one dtype, the teacher's without gradient.
 
     Raises:
       ValueError: if the features are empty or not of the same number of images.
@@ -511,7 +513,7 @@ def _relative_distances(x: Float[Array, "batch width"]) -> Float[Array, "batch b
 
 
 def _over_anchors(function: Callable[..., Array], *vectors: Float[Array, "batch _"]) -> Float[Array, "batch ..."]:
-    """The function of every row, a few rows at a time; what it computes is not kept for the derivative."""
+    """The function applied to every row, a few rows at a time; it is computed again for the derivative."""
     return jax.lax.map(
         lambda rows: jax.checkpoint(function)(*rows), vectors, batch_size=min(len(vectors[0]), _ANCHORS_AT_ONCE)
     )

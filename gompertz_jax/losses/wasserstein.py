@@ -19,15 +19,15 @@ from .logits import check_pair
 
 
 class SinkhornDiagnostics(NamedTuple):
-    r"""How the Sinkhorn iterations ended, per example; of the worst of its three problems where `debiased`.
+    r"""How the Sinkhorn iterations ended, per example; with `debiased`, for the worst of its three problems.
 
     Attributes:
       converged: whether the marginal error fell below the threshold, `[...]`.
       iterations: number of iterations that were run, `[...]`.
       marginal_error: how far the plan's marginals are from the given ones: the larger one of the two absolute
-        differences, each summed over the points; 0 to 2, `[...]`. With a `marginal_penalty` no marginals are given:
-        how far they are from those of the exact minimum at the same potentials, :math:`a e^{-f / \rho}` and
-        :math:`b e^{-g / \rho}`, to which the former are the limit.
+        differences, each summed over the points; 0 to 2, `[...]`. With a `marginal_penalty` no marginals are given: it
+        is then how far they are from those of the exact minimum at the same potentials, :math:`a e^{-f / \rho}` and
+        :math:`b e^{-g / \rho}`, of which the given ones are the limit.
     """
 
     converged: Bool[Array, "*batch"]
@@ -102,14 +102,14 @@ def sinkhorn_distance(
        + \rho \, \overline{C} \, (\mathrm{KL}(P 1 \,\|\, a) + \mathrm{KL}(P^\top 1 \,\|\, b)), \qquad
        \mathrm{KL}(p \,\|\, q) = \sum_i p_i \ln (p_i / q_i) - p_i + q_i
 
-    The gradient is the same one, of the smaller plan, and the term that is left out has the penalty's part too. As
-    :math:`\rho` grows the value grows to the balanced one; as it vanishes, to
-    :math:`e \, (1 - \sum_{ij} a_i b_j e^{-C_{ij} / e})`, what it costs to deviate from the product, less than `e`.
+    The gradient has the same form, at the smaller plan, and the term that is left out includes the penalty's part. As
+    :math:`\rho` grows, the value rises to the balanced one; as :math:`\rho` vanishes, the value tends to
+    :math:`e \, (1 - \sum_{ij} a_i b_j e^{-C_{ij} / e})`, the cost of deviating from the product, less than `e`.
 
     :math:`W_e(x, x)` is not 0. With `debiased`, the result is the Sinkhorn divergence
     :math:`W_e(x, y) - W_e(x, x) / 2 - W_e(y, y) / 2`, all three at the `e` (and the penalty) of the first, which is 0
     for equal clouds up to the threshold (so it can come out slightly below 0). The unbalanced divergence has one more
-    term, :math:`e \, (m_x - m_y)^2 / 2` in the clouds' masses: both are 1, and it is 0.
+    term, :math:`e \, (m_x - m_y)^2 / 2` in the clouds' masses; here both are 1, so it is 0.
 
     Args:
       x: the student's clouds, `[..., n, d]`.
@@ -122,7 +122,7 @@ def sinkhorn_distance(
         non-negative, and depending on nothing else that changes. It is compiled once for each function object: pass
         the same one again. `debiased` needs a symmetric one.
       marginal_penalty: :math:`\rho` relative to the mean cost, positive, or None for balanced transport; may be traced.
-        Above 1e-3 / machine epsilon (8e3 in float32) it counts as that.
+        Values above 1e-3 / machine epsilon (8e3 in float32) are reduced to that.
       debiased: subtract the self terms.
       return_diagnostics: also return a `SinkhornDiagnostics`.
       threshold: marginal error at which an example is done, positive. At the default, the value is within 1e-4 and the
@@ -214,14 +214,13 @@ def class_sinkhorn_distance(
 
     the transport cost of `sinkhorn_distance` inside each class, weighted by the share of the class in the batch. All
     classes are regularised by the same :math:`e = \epsilon \, \overline{C}`, relative to the mean cost over the pairs
-    of one class; one plan with blocks on its diagonal is solved for, whatever the number of classes. If all labels
-    differ, image i is compared with image i, and the value is the mean of `cost` over these pairs (mean squared
-    distance); if all are equal, it is `sinkhorn_distance`. Batch-relational: one value for the whole batch. The
-    gradient is that of `sinkhorn_distance`. Label-aware matching of the images of a batch is this project's own form,
-    not a published loss.
+    of one class; a single block-diagonal plan is solved for, whatever the number of classes. If all labels differ,
+    image i is compared with image i, and the value is the mean of `cost` over these pairs (mean squared distance); if
+    all are equal, it is `sinkhorn_distance`. Batch-relational: one value for the whole batch. The gradient is that of
+    `sinkhorn_distance`. Label-aware matching of the images of a batch is this project's own form, not a published loss.
 
     Args:
-      x: the student's clouds, one vector an image, `[..., n, d]`.
+      x: the student's clouds, one vector per image, `[..., n, d]`.
       y: the teacher's vectors of the same images, the same shape.
       labels: their classes, any integers, `[..., n]`; may be traced.
       epsilon: see `sinkhorn_distance`.
@@ -234,8 +233,8 @@ def class_sinkhorn_distance(
       One value per batch, `[...]`, in at least float32; with `return_diagnostics` a pair of it and the diagnostics.
 
     Raises:
-      ValueError: as `sinkhorn_distance`, or if `labels` has not the shape of `x` without its last axis, or the clouds'
-        shapes differ.
+      ValueError: as `sinkhorn_distance`, or if `labels` does not have the shape of `x` without its last axis, or the
+        clouds' shapes differ.
       NotImplementedError: if it is differentiated twice with respect to `x`.
 
     Examples:
@@ -334,7 +333,7 @@ def _with_gradient_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) 
 
 @jax.custom_jvp
 def _first_order(gradient: Array, x: Array) -> Array:
-    """The gradient, which is no differentiable function of `x`: it would look constant, and be wrong in silence."""
+    """The gradient, marked as not differentiable in `x`: otherwise it would look constant, and be silently wrong."""
     return gradient
 
 
@@ -380,7 +379,7 @@ def _transport(
         # by the entropy of their shares, whatever the plan.
         between_classes = epsilon * jnp.mean(jnp.log(labels.shape[-1] / members), axis=-1)
 
-    # Dividing by the mean cost makes epsilon the absolute strength, and the iterations blind to the scale.
+    # Dividing by the mean cost makes epsilon the absolute strength, and the iterations independent of the scale.
     def solve_for(costs: Array, *, symmetric: bool = False) -> Transport:
         return solve(
             costs / scale[:, None, None],
@@ -458,17 +457,17 @@ def wasserstein_logits(
        P 1 = q = \mathrm{softmax}(\text{student} / T), \quad P^\top 1 = p = \mathrm{softmax}(\text{teacher} / T)
 
     where mass between similar classes is cheap, and :math:`e = \epsilon \, \overline{C}`. With `labels` the target
-    class of every example is taken out of both distributions, which are softmaxes over the other classes, as published:
-    the published loss is
+    class of every example is taken out of both distributions, which are softmaxes over the other classes, as published.
+    The published loss is
 
     .. math:: \mathcal{L} = - p_\ell \ln q_\ell + \lambda \, W(\text{other classes})
 
     whose first part (at temperature 1) is `target_cross_entropy`, and whose second is this function with `labels`.
 
     The gradient with respect to the student's logits is :math:`q \, (f - \langle q, f \rangle) / T` with the optimal
-    potential `f` (envelope theorem). Neither the teacher nor `class_cost` receives one; second derivatives raise.
-    The minimum over the student is near :math:`q = p` and not exactly there: transport is regularised, and its gradient
-    known to `threshold`.
+    potential `f` (envelope theorem). Neither the teacher nor `class_cost` receives a gradient; second derivatives
+    raise. The minimum over the student is near :math:`q = p` but not exactly there: transport is regularised, and its
+    gradient is accurate only to `threshold`.
 
     Published: ResNet-32x4 to ResNet-8x4 on CIFAR-100 with :math:`T = 8` and :math:`\lambda = 800`, decaying by a half
     cosine after epoch 150 of 240, next to the cross-entropy of weight 1. The reference code runs 10 iterations that are
@@ -478,9 +477,10 @@ def wasserstein_logits(
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
-      teacher_logits: the same of the teacher, `[..., K]`.
-      class_cost: non-negative costs between the student's class and the teacher's, `[K, K]`, as of `class_distances`.
-      labels: target classes, integers from 0 to K - 1, `[...]`, any other one of which gives NaN; or None to transport
+      teacher_logits: the same for the teacher, `[..., K]`.
+      class_cost: non-negative costs between the student's class and the teacher's, `[K, K]`, for instance from
+        `class_distances`.
+      labels: target classes, integers from 0 to K - 1, `[...]` (any other label gives NaN); or None to transport
         between all classes.
       temperature: `T`, positive, in units of the logits; may be traced.
       epsilon: regularisation relative to the mean of `class_cost`, positive; may be traced.

@@ -125,7 +125,7 @@ def create(
       dtype: floating dtype of the arithmetic.
       in_channels: channels of the images.
       mean: per-channel mean of images in [0, 1], `[in_channels]` or a scalar; 0 leaves images as they are.
-      std: per-channel standard deviation of images in [0, 1], likewise; 1 leaves images as they are.
+      std: per-channel standard deviation of images in [0, 1], `[in_channels]` or a scalar; 1 leaves images as they are.
       **options: `stem` of resnet18, 34 and 50: "cifar" (3x3 at stride 1) or "imagenet" (7x7 at stride 2, then max
         pooling at stride 2, as in torchvision). `width` of mobilenetv2, the multiplier of its channels; and its `stem`:
         "strided" (the distillation tables' network, ends at 2x2), "cifar" (the same with a stem at stride 1, ends at
@@ -217,7 +217,7 @@ def from_card(card: Mapping[str, Any]) -> Network:
 
 
 def read_card(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the network in a directory is; see `load`.
+    """The description of the network in a directory; see `load`.
 
     Raises:
       ValueError: no network is there, or its card cannot be read.
@@ -277,7 +277,7 @@ def load(
     read: Any = v1.load
     try:
         arrays = read(directory / ARRAYS, template)
-    except Exception as error:  # Orbax has no class of its own for what does not fit
+    except Exception as error:  # Orbax has no exception class for what does not fit
         raise ValueError(f"{directory / ARRAYS} does not fit its card: {error}") from error
     return shapes.replace(**arrays, mean=jnp.asarray(shapes.mean), std=jnp.asarray(shapes.std))
 

@@ -50,7 +50,7 @@ def he_normal(draws: Draws, shape: tuple[int, ...]) -> Array:
 
 
 class Conv(nnx.Module):
-    """A square convolution, without bias unless asked for, padded by `kernel_size // 2` on every side."""
+    """A square convolution, without bias unless requested, padded by `kernel_size // 2` on every side."""
 
     def __init__(
         self, channels: int, filters: int, kernel_size: int, *, stride: int = 1, bias: bool = False, draws: Draws
@@ -159,10 +159,10 @@ class Linear(nnx.Module):
 def in_turn(
     module: Any, names: Sequence[str], x: Float[Array, "batch height width channels"], *, train: bool
 ) -> Float[Array, "batch _ _ filters"]:
-    """What a module's blocks of these names make of a map, one after the other.
+    """Apply a module's blocks of these names to a map, one after the other.
 
-    Where `module.loops` is true, three and more equal blocks in a row are one turn of a loop each: the program then
-    holds one of them instead of all.
+    Where `module.loops` is true, three or more equal blocks in a row become a loop: the program then holds one of them
+    instead of all.
     """
     blocks = [getattr(module, name) for name in names]
     for _, row in itertools.groupby(blocks, _form if getattr(module, "loops", False) else id):
@@ -187,7 +187,7 @@ def loops_pay() -> bool:
 
 
 def _form(block: nnx.Module) -> Any:
-    """What blocks have in common that differ in nothing but the values of their arrays."""
+    """What blocks have in common if they differ only in the values of their arrays."""
     return nnx.graphdef(block), jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), _arrays(block))
 
 

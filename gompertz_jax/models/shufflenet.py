@@ -107,8 +107,8 @@ class HalvingUnit(nnx.Module):
 class ShuffleNet(nnx.Module):
     """A 1x1 stem, three stages of shuffle units, each beginning at stride 2, and the classifier.
 
-    Its maps are the stem's and one per stage, after their ReLU. Of version 2, whose last stage is followed by a 1x1
-    convolution to 1024 channels, they are these and the one that is pooled.
+    Its maps are the stem's and one per stage, after their ReLU. For version 2, whose last stage is followed by a 1x1
+    convolution to 1024 channels, the map that is pooled is added.
 
     Args:
       version: 1, with 3 groups and 240, 480 and 960 channels; or 2, with 116, 232 and 464 (the paper's 1x).

@@ -1,7 +1,7 @@
 """Named tensors on disk: PyTorch's `.pth` and `.pt`, both of its formats, and `.safetensors`. PyTorch is not needed.
 
 A `.pth` file is a pickle, and to load a pickle is to run what it says. This reader knows a dozen names (how PyTorch
-rebuilds a tensor, its storages, plain containers) and refuses every other by name, so nothing of the file is executed.
+rebuilds a tensor, its storages, plain containers) and refuses every other by name, so nothing in the file is executed.
 
 PyTorch's formats: https://github.com/pytorch/pytorch/blob/main/torch/serialization.py. The other:
 https://github.com/huggingface/safetensors#format.
@@ -53,7 +53,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """The state dict of a file, found under the keys by which training programs wrap it.
 
     Args:
-      path: `.pth` or `.pt` of any PyTorch since 0.4, or `.safetensors`; which one is told by the content.
+      path: `.pth` or `.pt` of any PyTorch since 0.4, or `.safetensors`; the content shows which one.
 
     Returns:
       Arrays by name, in the file's dtypes (bfloat16 too), without the prefixes of DataParallel and `torch.compile`.
@@ -102,7 +102,7 @@ class _Tensor(NamedTuple):
 
 
 class _Inert:
-    """What a name in a pickle stands for: a class and no function.
+    """What a name in a pickle stands for: a class, never a function.
 
     A pickle can write into the object that it has named (BUILD): into a function's attributes, for the whole process.
     Of these classes and of their instances it finds this method first, which changes nothing.

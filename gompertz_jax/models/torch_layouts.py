@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     Attributes:
       name: "repdistiller", "torchvision" or "timm".
       module: a path of ours, such as `("stage1_block1", "first", "conv")`, -> its name.
-      options: of `create`, those that this program's network has.
+      options: those options of `create` that this program's network has.
       stem: the convolution that reads the images.
     """
 
@@ -62,7 +62,7 @@ def layouts(model: str, options: Mapping[str, Any]) -> tuple[Layout, ...]:
         return (tables,) if "stem" in options else (tables, *others)  # theirs have no other stem
     if model in ("resnet18", "resnet34", "resnet50"):
         tables = Layout("repdistiller", _resnet("shortcut", "linear"))
-        others = (Layout("torchvision", _resnet("downsample", "fc")),)  # timm names them likewise
+        others = (Layout("torchvision", _resnet("downsample", "fc")),)  # timm names them in the same way
         return (*others, tables) if options.get("stem") == "imagenet" else (tables, *others)
     if model.startswith("wrn"):
         return (Layout("repdistiller", _wrn),)
@@ -224,11 +224,11 @@ def from_state_dict(
     Args:
       tensors: arrays by PyTorch's names, as `tensor_files.read_state_dict` gives them.
       model: a name of `create`.
-      mean: per-channel mean of images in [0, 1]; None where the layout tells it (CIFAR-100 in RepDistiller's, ImageNet
-        in torchvision's and timm's).
-      std: likewise.
-      dtype: of the arithmetic.
-      options: of `create`; by default those of the layout's own network.
+      mean: per-channel mean of images in [0, 1]; None where the layout implies it (CIFAR-100 in RepDistiller's,
+        ImageNet in torchvision's and timm's).
+      std: per-channel standard deviation, in the same way.
+      dtype: dtype of the arithmetic.
+      options: options of `create`; by default those of the layout's own network.
 
     Returns:
       The network, the layout's name, and the card of `from_card`.

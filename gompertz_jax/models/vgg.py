@@ -22,9 +22,8 @@ _LARGE = 64  # images of at least so many pixels are halved once more, before th
 class VGG(nnx.Module):
     """Five stages of 3x3 convolutions (with bias), normalisation and ReLU; between them, 2x2 maxima at stride 2.
 
-    The first three pools are always there. The fourth is there for images of at least 64 pixels, so that 32x32 ends at
-    4x4 and 64x64 too. Its maps are one per stage, after the last ReLU and before the pool; the last one is pooled by
-    its mean.
+    The first three pools are always present, the fourth for images of at least 64 pixels, so that 32x32 ends at 4x4 and
+    64x64 too. Its maps are one per stage, after the last ReLU and before the pool; the last one is pooled by its mean.
 
     Args:
       depths: convolutions in each of the five stages.

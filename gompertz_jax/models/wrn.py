@@ -16,7 +16,7 @@ from .resnet import add_stages
 
 
 class PreactivationBlock(nnx.Module):
-    """Twice normalisation, ReLU and a 3x3 convolution, beside a shortcut."""
+    """Normalisation, ReLU and a 3x3 convolution, twice, beside a shortcut."""
 
     expansion = 1
 
@@ -32,7 +32,7 @@ class PreactivationBlock(nnx.Module):
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch _ _ filters"]:
         activated = relu(self.first_norm(x, train=train))
-        # Where the width changes, the shortcut too starts from what is activated.
+        # Where the width changes, the shortcut too starts from the activated map.
         residual = self.shortcut(activated) if hasattr(self, "shortcut") else x
         x = relu(self.second_norm(self.first(activated), train=train))
         return self.second(x) + residual

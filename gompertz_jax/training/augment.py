@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer, PRNGKeyArray, Shaped, UInt8, UInt32
 
 # Over 100,000 keys and nine sizes from 2 to 33, where a pair of positions goes is uniform by chi-square after sixteen
-# rounds and not after twelve (size 5: p = 1e-21). Sixteen still cost microseconds a batch.
+# rounds and not after twelve (size 5: p = 1e-21). Sixteen still cost microseconds per batch.
 _ROUNDS = 16
 
 
@@ -23,7 +23,7 @@ def shuffled_index(position: Integer[Array, "*shape"], *, key: PRNGKeyArray, siz
     Args:
       position: any shape, each in `[0, size)`.
       key: chooses the permutation.
-      size: of the set that is permuted, 1 to 2^31 - 1.
+      size: size of the set that is permuted, 1 to 2^31 - 1.
 
     Returns:
       The images of the positions under the permutation, same shape.
@@ -84,12 +84,12 @@ def batch_indices(
     """Which examples make up the batch of a step.
 
     An epoch is `size // batch_size` steps and visits no example twice; the `size % batch_size` examples that it leaves
-    out are others in every epoch, since every epoch has a permutation of its own.
+    out differ from epoch to epoch, since every epoch has its own permutation.
 
     Args:
       step: from 0; may be traced.
-      seed: of the order.
-      batch_size: examples a batch.
+      seed: seed of the order.
+      batch_size: examples per batch.
       size: examples in the training set.
 
     Returns:
@@ -123,7 +123,7 @@ def random_crop(
 
     Args:
       images: any dtype, uint8 or in [0, 1].
-      key: of this batch; every image draws its own window.
+      key: this batch's key; every image draws its own window.
       padding: pixels on every side, at least 0.
 
     Returns:
@@ -151,7 +151,7 @@ def random_flip(
 
     Args:
       images: any dtype.
-      key: of this batch.
+      key: this batch's key.
 
     Returns:
       The images, some of them mirrored, same shape and dtype.
@@ -183,28 +183,28 @@ def make_batch(
     """The augmented batch of a step: a pure function of the data, the seed and the step.
 
     Without `views` it is `random_flip(random_crop(images[indices], crop_key, padding), flip_key) / 255` with keys of
-    the step, read in one pass. With V views image i is in epoch e what `augmented_view` makes of it as view `e mod V`:
-    then there are V distinct images of each, wherever in an epoch it comes.
+    the step, read in one pass. With V views, image i in epoch e is its view `e mod V` from `augmented_view`: each image
+    then has V distinct versions, wherever in an epoch it comes.
 
     Args:
       images: the training set, values 0 to 255.
       labels: their classes.
       step: from 0; may be traced.
-      seed: of the order and of the augmentation, which are independent of each other.
-      batch_size: images a batch; one epoch is `size // batch_size` steps.
-      padding: of `random_crop`; 0 leaves the images where they are.
+      seed: seed of the order and of the augmentation, which are independent of each other.
+      batch_size: images per batch; one epoch is `size // batch_size` steps.
+      padding: see `random_crop`; 0 leaves the images where they are.
       flip: whether images are mirrored at random.
-      views: how many views there are of an image; 0 for another one in every epoch.
-      gathered_from: where `images` and `labels` are those of this batch alone, in order, the size of the training set.
-      outputs: what a teacher said of every view of every image; needs `views`.
+      views: how many views there are of an image; 0 for a new one in every epoch.
+      gathered_from: the size of the training set, if `images` and `labels` are those of this batch alone, in order.
+      outputs: a teacher's outputs on every view of every image; needs `views`.
 
     Returns:
       `image`, float32 `[batch_size, height, width, channels]` in [0, 1], and `label`, int32 `[batch_size]`; for every
-      entry of `outputs` its rows of these views of these images, as `teacher_NAME`.
+      entry of `outputs` its rows for these views of these images, as `teacher_NAME`.
 
     Raises:
       ValueError: `batch_size` is less than 1 or more than there are images, `padding` or `views` is negative, or
-        `outputs` are not of so many views and images.
+        `outputs` do not have that many views and images.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -245,11 +245,11 @@ def augmented_view(
 
     Args:
       images: the images themselves.
-      index: of each in the training set.
+      index: the index of each in the training set.
       view: which view, from 0; may be traced.
       seed: see `make_batch`.
-      padding: likewise.
-      flip: likewise.
+      padding: see `make_batch`.
+      flip: see `make_batch`.
 
     Returns:
       The images in [0, 1], cropped and mirrored.

@@ -52,7 +52,7 @@ def _is_group(value: Any) -> bool:
 
 
 def check_types(config: Config, default: Config, prefix: str = "") -> None:
-    """Refuse a config with a key too few, a key too many, or one of another type than its default."""
+    """Refuse a config with a missing key, an unknown key, or a value of another type than its default."""
     if unknown := [key for key in config if key not in default]:
         raise RunError(f"{prefix}{unknown[0]} is no key of a config; there are {', '.join(default)}")
     for key, usual in default.items():
@@ -70,7 +70,7 @@ def check_types(config: Config, default: Config, prefix: str = "") -> None:
 
 
 def check_values(key: str, value: Any) -> None:
-    """Refuse what JSON cannot hold: a config is kept with its run, and compared with that."""
+    """Refuse what JSON cannot hold: a config is saved with its run, and compared with it at later starts."""
     if isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             check_values(key, inner)
@@ -83,7 +83,7 @@ def check_values(key: str, value: Any) -> None:
 
 
 def check_place(key: str, place: str) -> None:
-    """Refuse a path that the system cannot even look for; whether something is there is asked where it is needed."""
+    """Refuse a path that the system cannot even look for; whether something is there is checked where it is needed."""
     try:
         os.stat(Path(place).expanduser() / "teacher" / "network.json")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -119,7 +119,7 @@ def check_config(config: Config) -> None:
     if not -1 <= config.order_seed < 2**31:
         raise RunError(f"order_seed = {config.order_seed}: must lie in [0, 2^31), or be -1 for `seed`")
     check_recipe(config.recipe, "recipe")
-    build_objective(config, PREVIEWED)  # for its refusals
+    build_objective(config, PREVIEWED)  # for its checks
     if not config.teacher.dir:
         check_recipe(config.teacher.recipe, "teacher.recipe")
     for role in ("student", "teacher"):

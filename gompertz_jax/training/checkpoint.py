@@ -33,12 +33,12 @@ class Checkpoints:
     """The saved states of one run, `DIRECTORY/<step>`; each is whole once it is sealed, after Orbax has renamed it.
 
     A state is any tree of arrays. A small JSON record lies with it (what a later start must know besides the state).
-    `DIRECTORY.json` says which step was saved last: with it, what is lost is told from what was never finished.
+    `DIRECTORY.json` says which step was saved last: it distinguishes what was lost from what was never finished.
 
     Args:
       directory: made if need be.
       keep: how many of the newest states stay. An older one goes only after a newer one is sealed.
-      agrees: `(step, record) -> bool`, whether what was written besides still goes with that state. Of the intact
+      agrees: `(step, record) -> bool`, whether what was written alongside still matches that state. Of the intact
         states the newest that agrees is taken; if none does, the newest.
 
     Raises:
@@ -93,7 +93,7 @@ class Checkpoints:
             seal(self._directory / str(step))
             write_json(self._ledger, {"saved": step})
             for old in self._steps()[: -self._keep]:
-                # The list goes first: what is left of a removal that was cut off is not taken for a damaged state.
+                # The list goes first: what an interrupted removal leaves is then not taken for a damaged state.
                 shutil.rmtree(_unsealed(self._directory / str(old)), ignore_errors=True)
 
     def wait(self) -> None:
@@ -150,7 +150,7 @@ class Checkpoints:
             return math.inf
 
     def _choose(self, agrees: Callable[[int, dict[str, Any]], bool]) -> dict[str, Any]:
-        """Find the state to go on from, and move what is newer out of the way of the ones to come."""
+        """Find the state to resume from, and move newer ones out of the way of those to come."""
         for path in self._directory.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(path)
         steps, saved = self._steps(), self._last_saved()
@@ -214,12 +214,12 @@ def read_state(directory: Path) -> PyTree:
             f"the checkpoint {directory} cannot be read: {reason}; the run may have replaced it by a newer one"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of loading without a template
+        warnings.simplefilter("ignore")  # about loading without a template
         return ocp.load(directory.absolute())
 
 
 def save_arrays(directory: Path, tree: PyTree) -> None:
-    """Save a tree of arrays under a directory of its own, whole or not at all; one that is whole is left as it is.
+    """Save a tree of arrays in its own directory, whole or not at all; one that is whole is left as it is.
 
     Raises:
       RunError: it cannot be written.

@@ -5,12 +5,12 @@ Where the images come from, in this order, below TFDS's `data_dir`:
 1. a set prepared before: `cifar10_png/`, or TFDS's own `cifar10/` if its files are array_record (or `cifar100...`);
 2. the official archive, put by hand into `downloads/manual/` under its own name (`cifar-10-binary.tar.gz`);
 3. the folder that this archive unpacks to, in `downloads/manual/` (`cifar-10-batches-bin/`);
-4. TFDS's download manager, which asks the official address unless it has the archive already.
+4. TFDS's download manager, which downloads from the official address unless it has the archive already.
 
 2 to 4 go through the same builder and leave 1 behind; a directory that should be 1 and was never finished is moved into
-`set_aside/` beside it and prepared anew. Archives are held to the checksums that TFDS keeps; the files in
-them, and at every reading the images themselves written back as those files, to the checksums below. So whatever the
-way, what `read` returns is CIFAR bit for bit, in the official order. Nothing that was found is removed.
+`set_aside/` beside it and prepared anew. Archives are checked against the checksums that TFDS keeps; the files in them,
+and at every reading the images themselves written back as those files, against the checksums below. So whatever their
+source, what `read` returns is CIFAR bit for bit, in the official order. Nothing that was found is removed.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ class Cifar10Png(cifar.Cifar10):
 
 
 class Cifar100Png(Cifar10Png, cifar.Cifar100):
-    """TFDS's CIFAR-100, likewise."""
+    """TFDS's CIFAR-100, encoded in the same way."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = cifar.Cifar100.url_infos
@@ -293,7 +293,7 @@ def _material(builder: Cifar10Png, dl_manager: tfds.download.DownloadManager) ->
         if reason is not None:
             raise DataError(f"{builder.URL} cannot be reached ({reason}): {offline}")
     try:
-        # TFDS takes the archive from `manual` if it is there, and holds it to the checksum all the same.
+        # TFDS takes the archive from `manual` if it is there, and checks it against the checksum all the same.
         found = Path(dl_manager.download(builder.URL))
     except NonMatchingChecksumError as error:
         if not archive.exists():
@@ -320,7 +320,7 @@ def _unreachable(url: str) -> object | None:
     except (urllib.error.HTTPError, http.client.HTTPException):
         return None
     except urllib.error.URLError as error:
-        # TFDS brings certificates of its own where Python may find none: let it have a try.
+        # TFDS brings certificates of its own where Python may find none: let it try.
         return None if isinstance(error.reason, ssl.SSLError) else error.reason
     except OSError as error:
         return error

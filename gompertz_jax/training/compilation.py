@@ -4,11 +4,11 @@ from pathlib import Path
 
 import jax
 
-_BY_DEFAULT = 1.0  # JAX's own fewest seconds that a program which is kept takes to compile
+_BY_DEFAULT = 1.0  # JAX's default for the fewest seconds that a kept program takes to compile
 
 
 def keep_compiled(directory: str) -> None:
-    """Let JAX keep compiled programs in `directory` and take them from there; a setting of the user's own stands.
+    """Let JAX keep compiled programs in `directory` and reuse them; the user's own setting takes precedence.
 
     What cannot be read there, for instance because a kill cut it short, is compiled again, with a warning.
 

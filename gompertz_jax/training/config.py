@@ -12,7 +12,7 @@ CHANGEABLE = (
     "data.placement",
     "data.device_fraction",
     "compilation_cache",
-    "evaluate_every_epochs",  # changes which steps the best may be chosen from, and no training: told, and recorded
+    "evaluate_every_epochs",  # changes which steps the best is chosen from, not training; reported and recorded
     "logging.every_steps",
     "logging.progress",
     "logging.term_gradients",  # of older workdirs
@@ -51,8 +51,10 @@ def get_default() -> Config:
         {
             # The student begins with the weights of the network in this workdir, or `teacher` folder; "": drawn
             "init_from": "",
-            "seed": 0,  # the student's weights, data order, augmentation; nothing of it is the teacher's, also if equal
-            "order_seed": -1,  # of data order, augmentation and what losses draw, if another than `seed`; -1: `seed`
+            # The student's weights, data order and augmentation; independent of the teacher's seed, even if the numbers
+            # are equal
+            "seed": 0,
+            "order_seed": -1,  # of data order, augmentation and what losses draw, if not `seed`; -1: `seed`
             "data": {
                 "name": "cifar10",  # "cifar10", "cifar100", "digits", "folder:PATH", "arrays:FILE.npz", "tfds:NAME"
                 "image_size": 0,  # the side that images are brought to; 0: as they are, all of one size
@@ -74,9 +76,9 @@ def get_default() -> Config:
                 "dir": "",  # a workdir whose trained network teaches; "": train one into WORKDIR/teacher
                 "seed": 0,
                 "min_accuracy": 0.0,  # on validation images, before the first step; below it the run is refused
-                # How many augmented views of an image the student sees, one an epoch in turn. What the teacher says of
-                # them is computed once and kept in WORKDIR/outputs, so that no step runs it: for terms that read its
-                # logits and pooled vectors only. 0: another view in every epoch, and the teacher in every step
+                # How many augmented views of an image the student sees, one per epoch in turn. The teacher's outputs on
+                # them are computed once and kept in WORKDIR/outputs, so that no step runs the teacher: for terms that
+                # read only its logits and pooled vectors. 0: a new view in every epoch, and the teacher in every step
                 "cache": {"views": 0},
                 "recipe": get_recipe(),
             },
@@ -114,8 +116,8 @@ def get_default() -> Config:
                 # default need not be here. -1 is the map that is pooled.
                 "projections": {"last": {"student_stage": -1, "teacher_stage": -1}},
                 # What a weight under `progress(...)`, for instance the curve "progress(gompertz())", is indexed by: the
-                # share of the training batch that the student puts into the teacher's class ("agreement") or labels
-                # rightly, over the teacher's ("relative_accuracy"); smoothed over about 1 / (1 - decay) steps.
+                # share of the training batch that the student puts into the teacher's class ("agreement") or classifies
+                # correctly, over the teacher's ("relative_accuracy"); smoothed over about 1 / (1 - decay) steps.
                 "progress": {"measure": "agreement", "decay": 0.99, "monotone": False},
                 # While every distillation weight is smaller than this, teacher and distillation are not computed
                 "skip_below": 0.0,

@@ -34,10 +34,11 @@ class Dataset:
       validation: what was held out of the official training set; None if nothing was.
       mean: per channel, of `train` scaled to [0, 1]. Held-out images have no part in it, so that nothing a run learns
         or computes before its selection depends on them.
-      std: per channel, likewise; the population's, over all pixels.
+      std: per channel, of the same images; the population's, over all pixels.
       class_names: in the order of the labels.
       read_test: what `test` calls.
-      sha256: of the training images and labels, where they are the user's own; "" where official checksums were held.
+      sha256: checksum of the training images and labels, where they are the user's own; "" where official checksums
+        were checked.
     """
 
     name: str
@@ -70,7 +71,7 @@ def load(
     "cifar10" and "cifar100" come through TFDS, without TensorFlow (see `gompertz_jax.training.cifar` for where they are
     looked for), in the order of the official files and with the official files' checksums. "digits" is scikit-learn's
     `load_digits`: 1,797 grey images of 8x8, values 0 to 16 scaled to 0 to 255, of which a fixed fifth of each class is
-    the test set; it is always there. Images of one's own are named "folder:PATH", "arrays:FILE.npz" or "tfds:NAME": see
+    the test set; it is always there. A user's own images are named "folder:PATH", "arrays:FILE.npz" or "tfds:NAME": see
     `own_data.read`.
 
     Args:
@@ -82,7 +83,7 @@ def load(
       image_size: side to which images are brought, see `own_data.resized`; 0 leaves them as they are.
       train_images: how many of those that are not held out to train on, the first in the order that `split_seed` draws,
         so that fewer are a part of more; 0 for all.
-      num_classes: of the network that is to be trained, to be compared with the data's; None to compare nothing.
+      num_classes: classes of the network to train, to be compared with the data's; None to compare nothing.
 
     Returns:
       The data set. Its arrays belong to the caller.
@@ -137,7 +138,7 @@ def load(
     # Sorted, so that the training images of two seeds differ by the held-out ones alone.
     chosen = np.sort(rank[validation : validation + (train_images or size)])
     held = np.sort(rank[:validation])
-    side = 0 if own_data.is_own(name) else image_size  # images of one's own were brought there as they were read
+    side = 0 if own_data.is_own(name) else image_size  # a user's own images were resized as they were read
     train = whole if len(chosen) == size else Split(whole.images[chosen], whole.labels[chosen])
     train = _sized(train, side, name)
     mean, std = _statistics(train.images)
@@ -155,7 +156,7 @@ def load(
 
 
 def of_config(data: Any) -> Dataset:
-    """The data set that the group `data` of a config names, or the dict of one that was saved.
+    """The data set that the group `data` of a config, or of a saved config's dict, names.
 
     Raises:
       DataError: as `load`.
@@ -171,7 +172,7 @@ def of_config(data: Any) -> Dataset:
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no data set's name.
+    """Refuse a name that is not a data set's.
 
     Raises:
       DataError: with the nearest name, or all of them.

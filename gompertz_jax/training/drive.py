@@ -5,8 +5,8 @@ The order of things, which resuming relies on:
 1. A dispatch is issued before the metrics of the one before it are read: the device never waits for the host.
 2. So is an evaluation: it is queued behind its dispatch with a copy of the state, and read, written and saved while the
    next dispatch runs.
-3. Metrics up to step n are on disk before the checkpoint of step n is begun; one that is not whole does not count.
-4. The best weights so far are part of the checkpoint; validation decides, and of two equals the later one counts.
+3. Metrics up to step n are on disk before the checkpoint of step n is begun; a partial one does not count.
+4. The best weights so far are part of the checkpoint; validation decides, and of two equal ones the later counts.
 """
 
 import contextlib
@@ -77,11 +77,11 @@ class Program(NamedTuple):
       best: before any evaluation, see `fit.Best`.
       measured: `(state, teacher) -> state`, what is measured of the teacher once, before the first step.
       make_step: `(feed) -> step`, the compiled training step.
-      snapshot: compiled, as of `fit.make_snapshot`; what is queued behind a dispatch that is to be evaluated.
+      snapshot: compiled, as from `fit.make_snapshot`; it is queued behind a dispatch that is to be evaluated.
       students: takes a tree of metrics apart: per student its tags in metrics.jsonl, its objective, its metrics.
-      network: whose outputs have the shapes of every student's.
-      objectives: of all students, each kind once.
-      divided: whether batches are divided among the devices; else each has them whole.
+      network: one whose outputs have the shapes of every student's.
+      objectives: those of all students, each kind once.
+      divided: whether batches are divided among the devices; otherwise each has whole batches.
     """
 
     state: Any
@@ -96,13 +96,13 @@ class Program(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What is known of a state beyond its metrics, perhaps still on its way.
+    """What is known about a state beyond its metrics, perhaps still being computed.
 
     Attributes:
-      state: a copy, whose memory no dispatch will take.
+      state: a copy, whose memory no dispatch will reuse.
       best: the best weights so far, this state's among them.
-      line: the validation line of metrics.jsonl; empty where nothing is held out. Of several students a tree of such
-        lines, as `Program.students` takes it; () where nothing was looked at.
+      line: the validation line of metrics.jsonl; empty where nothing is held out. For several students a tree of such
+        lines, as `Program.students` takes it; () where nothing was evaluated.
     """
 
     state: Any
@@ -134,7 +134,7 @@ def drive(
     stop: Stop | None = None,
     views: int = 0,
 ) -> Driven:
-    """Take a program's steps, from the newest checkpoint on: evaluate, save, write and stop in between.
+    """Take a program's steps, starting from the newest checkpoint: evaluate, save, write and stop in between.
 
     The arguments and errors are those of `fit`.
     """
@@ -231,7 +231,7 @@ def drive(
                     found = snapshot(state, best, held, classes)
                     best, pending = found.best, (step, found)
                 if stop.requested():
-                    # No dispatch will take this state's memory, so it is saved as it is where it is not evaluated.
+                    # No dispatch will reuse this state's memory, so if it is not evaluated it is saved without a copy.
                     pending = pending or (step, Snapshot(state, best, ()))
                     break
             reader.drain()
@@ -293,7 +293,7 @@ def _stored(
     views: int,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """What the objectives read of the teacher, of every view of every image; computed where it is not on disk yet."""
+    """What the objectives read of the teacher on every view of every image; computed if it is not on disk yet."""
     image, networks = data.images.shape[1:], (program.network, teacher)
     ours, theirs = (output_shapes(network, image, batch_size=recipe.batch_size) for network in networks)
     parts = {part for objective in program.objectives for part in stored_parts(objective, ours, theirs, image)}

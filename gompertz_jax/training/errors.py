@@ -2,7 +2,7 @@
 
 
 class RunError(ValueError):
-    """A run cannot start or go on for a reason that its user can change; shown without a traceback."""
+    """A run cannot start or continue for a reason that its user can change; shown without a traceback."""
 
 
 class DataError(RunError):
@@ -15,7 +15,7 @@ def first_line(error: Exception) -> str:
 
 
 def config_error(error: Exception) -> str:
-    """One line on a config that cannot be read, or not be changed as the command line says."""
+    """One line about a config that cannot be read, or cannot be changed as the command line says."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if isinstance(error, KeyError) and text.strip("'").isidentifier():  # all that ConfigDict says
         text = f"there is no key {text}; the command line changes what the config file has, and adds nothing to it"

@@ -1,4 +1,4 @@
-"""Where the training images live, and how each dispatch gets at its own.
+"""Where the training images live, and how each dispatch gets its own.
 
 On the device, where they are copied once, batches are gathered inside the step. A set that would take too much of the
 device's memory stays on the host: the images of each dispatch are gathered there by the same permutation while the one
@@ -37,8 +37,8 @@ class Supply(NamedTuple):
 
     Attributes:
       images: the training set, or where that is on the host the images of each of the dispatch's steps.
-      labels: likewise.
-      outputs: what a teacher said of every view of every image, by name; empty where it is asked in the step.
+      labels: their labels.
+      outputs: a teacher's outputs on every view of every image, by name; empty where the step runs the teacher.
     """
 
     images: jax.Array
@@ -51,7 +51,7 @@ class Images(NamedTuple):
 
     Attributes:
       images: `[N, h, w, c]`; a `jax.Array` on every device, or NumPy's on the host.
-      labels: `[N]`, likewise.
+      labels: `[N]`, of the same kind.
       validation: held-out images and labels, None if there are none.
     """
 
@@ -72,7 +72,7 @@ def stays_on_host(size: int, options: Config, memory: Mapping[str, int] | None) 
     """Whether a training set of `size` bytes is gathered on the host.
 
     Args:
-      size: of its images.
+      size: bytes of its images.
       options: the config's `data`: `placement` and `device_fraction`.
       memory: statistics of a device. One that does not know its own limit, such as a CPU, takes every set.
 

@@ -16,7 +16,7 @@ ASIDE = "set_aside"
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a file system's refusal into the one error that its user reads: a full or read-only disk, mostly.
+    """Turn an error of the file system, mostly a full or read-only disk, into the one error that a user reads.
 
     Raises:
       RunError: names the file and the reason.

@@ -63,30 +63,30 @@ def fit(
     stop: Stop | None = None,
     views: int = 0,
 ) -> Fitted:
-    """Train one network under one objective; teachers and students alike. Goes on from the newest checkpoint.
+    """Train one network under one objective; teachers and students alike. Resumes from the newest checkpoint.
 
     Args:
       config: intervals, augmentation, logging.
       recipe: optimiser and epochs.
-      plan: of this recipe.
+      plan: the plan of this recipe.
       label: what the progress line calls it.
       workdir: gets `checkpoints/` and `metrics.jsonl`.
       network: with its initial weights.
       objective: what is minimised.
       teacher: None when no term distils.
       data: training and validation images.
-      seed: of the projections.
-      order_seed: of data order and augmentation, and of what terms draw; default: `seed`.
+      seed: seed of the projections.
+      order_seed: seed of data order, augmentation and what terms draw; default: `seed`.
       mesh: the devices to train on.
-      stop: asked after every dispatch.
-      views: how many views an image has, of which the teacher's outputs are then stored in `outputs/`; 0: any number,
+      stop: checked after every dispatch.
+      views: how many views an image has, for which the teacher's outputs are then stored in `outputs/`; 0: any number,
         and the teacher runs in every step.
 
     Returns:
       The trained network.
 
     Raises:
-      Stopped: it was asked to, and has saved the state after its last dispatch.
+      Stopped: it was asked to stop, and has saved the state after its last dispatch.
       RunError: a term, the gradient or the update was not finite; or the teacher was exchanged since the last start.
     """
     order_seed = seed if order_seed is None else order_seed
@@ -206,14 +206,14 @@ class Best(NamedTuple):
 def make_snapshot(
     network: Network, mesh: Mesh
 ) -> Callable[[TrainState, Best, Held | None, jax.Array | None], Snapshot]:
-    """What is queued behind a dispatch when its end is to be evaluated and saved, of one student.
+    """What is queued behind a dispatch of one student whose end is to be evaluated and saved.
 
     Args:
       network: the one in training.
       mesh: its devices.
 
     Returns:
-      `snapshot(state, best, held_out, classes) -> Snapshot`: `classes` are the teacher's of the held-out images.
+      `snapshot(state, best, held_out, classes) -> Snapshot`: `classes` are the teacher's for the held-out images.
       Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)

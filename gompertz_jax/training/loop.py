@@ -47,18 +47,18 @@ RESULT, TEACHER_RESULT = "result.json", "teacher.json"
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Run one distillation experiment, or go on with it where it stopped.
+    """Run one distillation experiment, or resume it where it stopped.
 
     Args:
       config: see `config.get_default`.
-      workdir: where everything about the run is kept; a run that is there is continued.
+      workdir: where everything about the run is kept; an existing run is continued.
 
     Returns:
       The content of result.json.
 
     Raises:
-      RunError: something its user can change; mostly before any work is done.
-      Stopped: SIGTERM or SIGINT came, and what was under way is saved.
+      RunError: something the user can change; mostly before any work is done.
+      Stopped: SIGTERM or SIGINT came; the work in progress is saved.
     """
     if not isinstance(workdir, str | os.PathLike):
         raise RunError(f"workdir = {workdir!r:.200}: must be a path")
@@ -68,7 +68,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[
 
 
 def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, Any]:
-    origin = provenance()  # of the code that is loaded now: a commit may be made while the run goes on
+    origin = provenance()  # of the code that is loaded now: a commit may be made during the run
     check_config(config)
     if config.teacher.dir:
         on_main(lambda: read_card(_teacher_directory(config)))
@@ -95,7 +95,7 @@ def described(
     label: str,
     sharing: int | None = None,
 ) -> str:
-    """The pre-flight's text for a config's student under an objective; `preflight.describe` has the rest."""
+    """The pre-flight's text for a config's student under an objective; `preflight.describe` documents the rest."""
     return preflight.describe(
         dataset,
         student=("student", content["student"], network_shapes(content["student"], dataset)),
@@ -115,7 +115,7 @@ def described(
 def _run(
     config: Config, content: dict[str, Any], workdir: Path, origin: Mapping[str, Any], stop: Stop
 ) -> dict[str, Any]:
-    """What there is to do once the workdir is this run's alone."""
+    """The run itself, once it has the workdir to itself."""
     mesh = data_mesh()
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
@@ -207,7 +207,7 @@ def begun_from(directory: Path, student: Network) -> Network:
 def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result `name` of a workdir, if it is there and the workdir can be this config's.
 
-    One that is damaged is moved aside: the last checkpoint gives it once more.
+    A damaged one is moved aside and made again from the last checkpoint.
 
     Raises:
       RunError: as `check_workdir`.
@@ -282,7 +282,7 @@ class Teacher(NamedTuple):
 def teacher_shapes(
     config: Config, content: Mapping[str, Any], dataset: Dataset, devices: int
 ) -> tuple[dict[str, Any], Network]:
-    """What will teach, for the pre-flight: its description, and a Network of shapes."""
+    """The teacher for the pre-flight: its description, and a Network of shapes."""
     if config.teacher.dir:
         directory = _teacher_directory(config)
         return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
@@ -297,7 +297,7 @@ def obtain_teacher(
     """The teacher that the config names, loaded or trained, once it has passed the gate.
 
     Raises:
-      RunError: it did not pass, or is not there.
+      RunError: it did not pass, or does not exist.
     """
     if config.teacher.dir:
         origin, seconds = _teacher_directory(config), 0.0
@@ -325,9 +325,9 @@ def trained_teacher(
       content: the same, frozen.
       dataset: what it learns.
       data: its images.
-      workdir: a workdir of its own.
+      workdir: the teacher's own workdir.
       mesh: the devices to train on.
-      stop: asked after every dispatch.
+      stop: checked after every dispatch.
 
     Returns:
       The teacher and the seconds that its training took.
@@ -380,5 +380,5 @@ def trained_teacher(
         },
     }
     on_main(lambda: write_json(workdir / TEACHER_RESULT, card))
-    # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
+    # Read from disk the first time too, so that a run and its continuation get the same arrays in the same way.
     return load_network(workdir), card["timing"]["train_seconds"]

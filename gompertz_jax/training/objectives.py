@@ -23,9 +23,9 @@ class Loss(NamedTuple):
 
     Attributes:
       term: the function of a record; its keywords are the term's options.
-      weight: the published weight as a schedule in text, the default of the term's; "" where there is none to cite.
-        The source is in the docstring of the loss that the term calls.
-      projection: the projection that it reads, if any: its kind, and what a config need not say.
+      weight: the published weight as a schedule in text, the term's default; "" where there is none to cite. The source
+        is in the docstring of the loss that the term calls.
+      projection: the projection that it reads, if any: its kind and its default options.
       bridge: how maps that differ are made comparable, where no projection does it.
     """
 
@@ -35,7 +35,7 @@ class Loss(NamedTuple):
     bridge: str = ""
 
 
-# DKD and ReviewKD raise their weight over the first 20 of 240 epochs, WKD lowers it from epoch 150 on.
+# DKD and ReviewKD raise their weight over the first 20 of 240 epochs, WKD lowers it after epoch 150.
 _WARM_UP = "linear(until=0.0833)"
 _DECAY = "cosine(start=1, end=0, since=0.625)"
 _SMALLER = "the larger map averaged to the size of the smaller"
@@ -118,7 +118,7 @@ def parse_schedule(
       step -> value, or a `ByProgress`.
 
     Raises:
-      RunError: the text says nothing of the above, or a curve refuses its arguments.
+      RunError: the text is none of the above, or a curve refuses its arguments.
 
     Examples:
       >>> halved = parse_schedule("0.5 * linear(start=0, end=1)", 100)
@@ -190,17 +190,17 @@ def parse_schedule(
 
 
 def sampled(schedule: Schedule | ByProgress, total_steps: int) -> np.ndarray:
-    """A schedule's value at every step of a run, on the host; progress is taken to go along with the clock."""
+    """A schedule's value at every step of a run, on the host; progress is assumed to follow the clock."""
     steps = np.arange(total_steps)
     values = schedules.value_at(schedule, steps, np.linspace(0.0, 1.0, total_steps, dtype=np.float32))
     return np.broadcast_to(np.asarray(values), (total_steps,))
 
 
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a person is shown a schedule
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a schedule is shown
 
 
 def corners(values: np.ndarray) -> tuple[float, ...]:
-    """The values of a sampled schedule at these parts of it."""
+    """The values of a sampled schedule at `PARTS` of it."""
     return tuple(float(values[round(part * (len(values) - 1))]) for part in PARTS)
 
 
@@ -313,7 +313,7 @@ def _term(
 
 
 def _projection(name: str, default: Any, specs: Config, loss_name: str, where: str) -> Any:
-    """The projection `name`, as the loss reads it, with what the config says of it."""
+    """The projection `name`, as the loss reads it, with the config's options."""
     if not isinstance(name, str):
         raise RunError(f"{where}.projection = {name!r} must be the name of one of objective.projections")
     if name not in specs:

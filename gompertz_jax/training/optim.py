@@ -8,7 +8,7 @@ import optax
 from ..schedules import Schedule
 from .config import Config
 
-FINE = 1000  # steps an epoch, where there are no real ones
+FINE = 1000  # steps per epoch where a run is not whole epochs
 
 
 def learning_rate(recipe: Config, *, steps_per_epoch: int) -> Schedule:
@@ -37,7 +37,7 @@ def learning_rate(recipe: Config, *, steps_per_epoch: int) -> Schedule:
 
 
 def rate_by_step(recipe: Config, total_steps: int) -> Schedule:
-    """The learning rate of a run of so many steps, which need not be whole epochs: those then have a thousand each."""
+    """The learning rate over `total_steps`; if these are not whole epochs, an epoch counts as a thousand steps."""
     if total_steps % recipe.epochs == 0:
         return learning_rate(recipe, steps_per_epoch=total_steps // recipe.epochs)
     finely = learning_rate(recipe, steps_per_epoch=FINE)
@@ -51,7 +51,7 @@ def make_optimizer(recipe: Config, rate: Schedule) -> optax.GradientTransformati
     it and scaled by the learning rate (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101).
 
     Args:
-      recipe: see `config.get_recipe`; `projection_rate` scales the projections' updates where it is there.
+      recipe: see `config.get_recipe`; `projection_rate` scales the projections' updates where the recipe has it.
       rate: step -> learning rate.
 
     Returns:

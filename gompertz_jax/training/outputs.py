@@ -1,7 +1,7 @@
-"""A teacher's outputs on disk: where every image has a fixed number of views, they are computed once, in no step.
+"""A teacher's outputs on disk: where every image has a fixed number of views, they are computed once, outside the step.
 
-A folder holds a card, which says of which teacher, images and views they are, and a sealed directory for each view.
-Whatever of it does not fit or is damaged is set aside and computed again; a kill costs the view that was under way.
+A folder holds a card, which identifies the teacher, the images and the views, and a sealed directory for each view.
+Whatever does not match or is damaged is set aside and computed again; a kill costs only the view in progress.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .sharding import on_main, replicate, say
 from .teacher import fingerprint
 
 OUTPUTS, CARD = "outputs", "card.json"
-_BATCH = 500  # images a forward pass
+_BATCH = 500  # images per forward pass
 
 
 def stored_outputs(
@@ -43,15 +43,15 @@ def stored_outputs(
     augment: Config,
     mesh: Mesh,
 ) -> dict[str, jax.Array]:
-    """What a teacher says of every view of every training image, read from disk, where it is computed if need be.
+    """A teacher's outputs on every view of every training image, read from disk, after computing them if need be.
 
     Args:
-      directory: of these outputs alone.
+      directory: for these outputs alone.
       teacher: the network, in evaluation mode.
-      data: whose training images.
+      data: its training images are used.
       parts: which fields of `Outputs`, "logits" or "pooled".
       views: how many views an image has.
-      seed: of the student's batches, from which the views are drawn.
+      seed: the seed of the student's batches, from which the views are drawn.
       augment: `padding` and `flip`.
       mesh: the devices that compute them, each of which gets all of them.
 
@@ -69,7 +69,7 @@ def stored_outputs(
         "seed": seed,
         "augment": {"padding": augment.padding, "flip": augment.flip},
         "parts": list(parts),
-        "jax": jax.__version__,  # whose random numbers the views are drawn by
+        "jax": jax.__version__,  # whose random numbers draw the views
     }
     lacking = on_main(lambda: _prepare(directory, card))
     template = {name: jax.ShapeDtypeStruct((count, getattr(shapes, name).shape[1]), jnp.float32) for name in parts}
@@ -78,13 +78,13 @@ def stored_outputs(
         of_view = asked(teacher, data, template, seed=seed, augment=augment, mesh=mesh)
         for view in lacking:
             save_arrays(directory / str(view), replicate(of_view(view), mesh))
-    # From disk also the first time, so that a run and its continuation see the same arrays by the same way.
+    # Read from disk the first time too, so that a run and its continuation get the same arrays in the same way.
     by_view = [load_arrays(directory / str(view), template) for view in range(views)]
     return jax.jit(stacked, out_shardings=copied(mesh))(by_view)
 
 
 def _prepare(directory: Path, card: Mapping[str, Any]) -> list[int]:
-    """Make the folder one of this card, and list the views that it lacks."""
+    """Prepare the folder for this card, and list the views that it lacks."""
     if directory.exists() and (changes := differing_keys(_read_card(directory), dict(card), without=())):
         keys = ", ".join(change.partition(":")[0] for change in changes)
         say(f"{directory} holds other outputs (by {keys} in its {CARD}) and is kept as {set_aside(directory)}")
@@ -111,7 +111,7 @@ def asked(
     augment: Config,
     mesh: Mesh,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """What the teacher says of all images in one view, as a function of the view."""
+    """The teacher's outputs on all images in one view, as a function of the view."""
     count, teacher = len(data.labels), replicate(teacher, mesh)
     size = -(-min(_BATCH, count) // mesh.size) * mesh.size
 

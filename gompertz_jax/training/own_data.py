@@ -1,4 +1,4 @@
-"""Images of one's own: a folder of them, NumPy arrays in a file, or any TFDS data set of images with labels."""
+"""A user's own images: a folder of them, NumPy arrays in a file, or any TFDS data set of images with labels."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .errors import DataError
 from .images import Split, check_labels
 
 FORMS = {"folder": "folder:PATH", "arrays": "arrays:FILE.npz", "tfds": "tfds:NAME"}
-LISTED = 10  # of the images that a message names
+LISTED = 10  # images that a message names, at most
 
 _GREY = {"1", "L"}
 _COLOUR = {"LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -36,10 +36,11 @@ def read(
 ) -> tuple[Split, tuple[str, ...]]:
     """Read all images of a split into memory.
 
-    Reading "train" reads "test" too, and drops it: what is wrong with it is said before a run, not after.
+    Reading "train" reads "test" too, and drops it: what is wrong with it is reported before a run, not after.
 
     - `folder:PATH`: `PATH/train/CLASS/*` and `PATH/test/CLASS/*`; classes are the names of the folders, sorted, and the
-      order of the images is that of their sorted names. Whatever Pillow opens; turned as EXIF says; grey if all are.
+      order of the images is that of their sorted names. Anything that Pillow opens; turned as EXIF says; grey if all
+      are.
     - `arrays:FILE.npz`: `train_images` `[N, h, w, c]` or `[N, h, w]`, uint8, `train_labels` `[N]`, integers from 0,
       `test_images`, `test_labels`, and `class_names` if there are any. Nothing pickled is read.
     - `tfds:NAME`, or `tfds:NAME/CONFIG:VERSION`: its splits `train` and `test` (`validation` where there is no test),
@@ -112,7 +113,7 @@ def _folder(place: str, split: str, *, image_size: int, grey: bool | None) -> tu
 
 
 def _is_grey(path: Path) -> bool:
-    """Whether the file's head says so; of one that cannot be read, True, which decides nothing."""
+    """Whether the file's header says so; True for one that cannot be read, which decides nothing."""
     try:
         with Image.open(path) as file:
             return file.mode in _GREY
@@ -175,7 +176,7 @@ def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[st
     path = Path(place).expanduser()
     needed = [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
     try:
-        with path.open("rb") as raw:  # which NumPy would leave open where it fails
+        with path.open("rb") as raw:  # which NumPy would leave open on failure
             file = np.load(raw, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise DataError(f"{path} is one array; np.savez(FILE, {', '.join(f'{key}=...' for key in needed)})")
@@ -186,7 +187,7 @@ def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[st
             given = file["class_names"] if "class_names" in file.files else None
     except DataError:
         raise
-    except Exception as error:  # zipfile's, zlib's, NumPy's: whatever a damaged file is told by
+    except Exception as error:  # zipfile's, zlib's, NumPy's: whatever a damaged file raises
         raise DataError(f"arrays:{place}: {path} cannot be read: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(

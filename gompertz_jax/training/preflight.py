@@ -1,4 +1,4 @@
-"""What a run is about to do, said and checked from shapes alone before anything is compiled."""
+"""What a run is about to do, described and checked from shapes alone before anything is compiled."""
 
 import inspect
 import math
@@ -26,8 +26,8 @@ def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: 
     Args:
       role: "teacher" or "student", for messages.
       network: arrays or shapes.
-      dataset: whose images and classes it must fit.
-      batch_size: of the shapes.
+      dataset: the network must fit its images and classes.
+      batch_size: images in the shapes' batch.
 
     Returns:
       Outputs of shapes.
@@ -111,7 +111,7 @@ def stored_parts(
     """Which of a teacher's outputs must be stored so that it need not run: "logits", and "pooled" if a term reads them.
 
     Raises:
-      RunError: a term reads more of it; the message names the term.
+      RunError: a term reads other outputs; the message names the term.
     """
     for parts in (("logits",), ("logits", "pooled")):
         refused: dict[str, NotStored] = {}
@@ -138,7 +138,7 @@ def _trace(
     *,
     stored: tuple[str, ...] = (),
 ) -> None:
-    """Evaluate one term on shapes, where `stored` names any with only these of the teacher's outputs."""
+    """Evaluate one term on shapes; if `stored` names any of the teacher's outputs, with only these."""
     named = inspect.signature(term.loss).parameters.get("projection")
     read = {name: p for name, p in objective.projections.items() if named is not None and name == named.default}
     alone = Objective((term,), read)
@@ -216,22 +216,22 @@ def describe(
     Args:
       dataset: what is learnt.
       student: who learns.
-      teacher: who teaches, if anybody does.
+      teacher: who teaches, if anyone.
       objective: what is minimised.
-      batch_size: images a step, over all devices.
-      steps: how many.
+      batch_size: images per step, over all devices.
+      steps: how many steps are taken.
       steps_per_dispatch: how many of them a dispatch takes.
-      devices: how many there are, over all processes.
+      devices: how many devices there are, over all processes.
       sharing: among how many of them a batch is divided; None: all.
-      label: of the run.
-      views: of which the teacher's outputs are stored; 0 for none.
+      label: the run's name in the text.
+      views: how many views the teacher's outputs are stored for; 0 for none.
       room: bytes that these may take on a device.
 
     Returns:
       A few lines.
 
     Raises:
-      RunError: as `check_network`, `check_projections`, `check_terms` and `stored_parts`; or there is not the room.
+      RunError: as `check_network`, `check_projections`, `check_terms` and `stored_parts`; or there is not enough room.
     """
     validation = 0 if dataset.validation is None else len(dataset.validation.labels)
     image_shape = dataset.train.images.shape[1:]
@@ -365,7 +365,7 @@ def _memory(student: Network, teacher: Network | None, projections: PyTree, data
 
 
 def stored_bytes(teacher: Outputs, parts: Sequence[str], *, views: int, count: int) -> int:
-    """What these of a teacher's outputs take in float32, for `count` images in all their views, from their shapes."""
+    """Bytes of these outputs of a teacher in float32, for `count` images in all their views, from their shapes."""
     return 4 * views * count * sum(math.prod(getattr(teacher, name).shape[1:]) for name in parts)
 
 

@@ -21,8 +21,8 @@ class StudentMetrics(NamedTuple):
     """Metrics of one student.
 
     Attributes:
-      tags: of its lines in metrics.jsonl; none where there is one student.
-      objective: its own.
+      tags: what marks its lines in metrics.jsonl; none where there is one student.
+      objective: its objective.
       metrics: by name, an array `[steps]` or a scalar.
     """
 
@@ -41,7 +41,7 @@ class Clock:
 
     @property
     def images_per_second(self) -> float:
-        """While steps were taken; 0 if none was."""
+        """The rate while steps were taken; 0 if none was."""
         return self.images / self.step_seconds if self.step_seconds else 0.0
 
     def record(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class MetricsReader:
         """Wait for what is pending, check it and write it.
 
         Raises:
-          RunError: a term or the gradient was not finite, of the only student or of the last one.
+          RunError: a term or the gradient of the only student, or of the last one left, was not finite.
         """
         if self._pending is None:
             return
@@ -124,7 +124,7 @@ class MetricsReader:
             self._clock.step_seconds += time.monotonic() - self._last_read
 
     def _read(self, student: StudentMetrics, images_per_second: float) -> str | None:
-        """Write what a student's metrics say; how it failed, if it did."""
+        """Write a student's metrics; return how it failed, if it did."""
         metrics = student.metrics
         failed, gradients_every = metrics["failed_term"] != HEALTHY, self._logging.term_gradients_every
         # Steps after a failure change nothing and say nothing new; the failing one is written.

@@ -1,8 +1,8 @@
 """The devices and processes of a run: the only file of the shell that knows how many there are.
 
 Every process runs the whole program over the same data and the same seeds, and compiled programs span the devices of
-all of them. What is not a compiled program (files, the terminal) is done by the first process, whose word goes to the
-others through JAX's coordination service: no process looks at a file that another one may be about to write.
+all of them. What is not a compiled program (files, the terminal) is done by the first process, which tells the others
+through JAX's coordination service: no process looks at a file that another one may be about to write.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def connect(
     *,
     detect: bool = False,
 ) -> None:
-    """Join the other processes of this run. Comes before anything that touches a device; with no arguments, nothing.
+    """Join the other processes of this run, before anything touches a device; without arguments, do nothing.
 
     Args:
       coordinator: `HOST:PORT` of the first process, the same for all; with `processes` and `process`.
@@ -87,7 +87,7 @@ def connect(
 
 
 def _await(host: str, port: int) -> None:
-    """Return once the first process listens: JAX would abort the program, without an exception, where it never does."""
+    """Return once the first process listens: JAX would abort the program, without an exception, if it never does."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -133,7 +133,7 @@ def check_batch(batch_size: int, devices: int, where: str) -> None:
     """Refuse a batch that cannot be divided equally.
 
     Args:
-      batch_size: of the whole run, over all devices.
+      batch_size: the whole run's, over all devices.
       devices: how many there are.
       where: the config's key.
 
@@ -153,7 +153,7 @@ def check_batch(batch_size: int, devices: int, where: str) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks; the only one, in most runs."""
+    """Whether this process is the one that writes files and prints; the only one, in most runs."""
     return jax.process_index() == 0
 
 
@@ -243,7 +243,7 @@ def _post(name: str, word: Any) -> None:
 
 
 def _read(name: str) -> Any:
-    """A word that was posted, or is going to be. A process that dies takes the waiting ones with it, by JAX's doing."""
+    """A value that was posted, or will be. If a process dies, JAX ends the processes that wait for it."""
     while True:
         try:
             return json.loads(_client().blocking_key_value_get(_PREFIX + name, _POLL_MILLISECONDS))

@@ -22,7 +22,7 @@ class Stopped(SystemExit):
 def leave(stopped: Stopped) -> NoReturn:
     """End the process with the code of a run that stopped, everything being saved.
 
-    Without the interpreter's own end: XLA's threads may still compile, and abort an interpreter that ends under them.
+    The interpreter is not shut down: XLA's threads may still be compiling, and would abort it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,9 +32,9 @@ def leave(stopped: Stopped) -> NoReturn:
 class Stop:
     """A request to stop, from its signal to its consequence. Used as a context manager, which installs the handlers.
 
-    Within `deferred` the program asks `requested` at places where it can stop. Elsewhere nothing is lost by stopping,
-    and `Stopped` is raised at once, which is as soon as Python's main thread has the word: not while XLA compiles. So a
-    thread waits too. It ends the process after `GRACE_SECONDS`, or at the second signal.
+    Within `deferred` the program calls `requested` at places where it can stop. Elsewhere nothing is lost by stopping,
+    and `Stopped` is raised at once, that is, as soon as Python's main thread runs, which it does not while XLA
+    compiles. So a thread waits too. It ends the process after `GRACE_SECONDS`, or at the second signal.
 
     Outside the main thread, where Python has no handlers, and before it is entered, it requests nothing.
     """
@@ -48,7 +48,7 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             read, write = os.pipe()
             os.set_blocking(write, False)
-            # Python writes the number here in the moment of the signal, however busy the main thread is.
+            # Python writes the number here at the moment of the signal, however busy the main thread is.
             earlier = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
             self._installed.callback(os.close, write)
             self._installed.callback(signal.set_wakeup_fd, earlier)
@@ -65,7 +65,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it, signals only set what `requested` says; at its end they are obeyed.
+        """Within it, signals only set what `requested` returns; at its end they are obeyed.
 
         Raises:
           Stopped: at the end, if a signal came.
@@ -80,7 +80,8 @@ class Stop:
     def requested(self) -> bool:
         """Whether this process, or with several any of them, was asked to stop: the same answer on all.
 
-        With several, every process must call this at the same places; it costs a word from the first one to the others.
+        With several, every process must call this at the same places; it costs one message from the first one to the
+        others.
         """
         self._asked = asked_to_stop(self._asked)
         return self._asked > 0

@@ -54,7 +54,7 @@ def network_shapes(spec: Mapping[str, Any], dataset: Dataset) -> Network:
 
 
 def network_card(spec: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """What a network is that was built by `network_from`; `gompertz_jax.models.from_card` builds it from this."""
+    """The description of a network made by `network_from`; `gompertz_jax.models.from_card` rebuilds it from this."""
     return {
         "model": spec["model"],
         "options": dict(spec["options"]),
@@ -74,7 +74,7 @@ def save_network(directory: Path, network: Network, card: Mapping[str, Any]) -> 
 
 
 def read_card(directory: Path) -> dict[str, Any]:
-    """What a saved network is.
+    """The description of a saved network.
 
     Raises:
       RunError: the directory holds no finished network.
@@ -86,7 +86,7 @@ def read_card(directory: Path) -> dict[str, Any]:
 
 
 def network_fault(directory: Path) -> str | None:
-    """What is wrong with a network that was saved in a directory; None if it is as it was."""
+    """What is wrong with a network that was saved in a directory; None if it is intact."""
     try:
         read_card(directory)
     except RunError as error:
@@ -130,7 +130,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
     Args:
       teacher: the network.
       dataset: what it is to teach.
-      floor: the least accuracy, a fraction.
+      floor: the lowest accepted accuracy, a fraction.
       origin: where it came from, for messages.
       mesh: the devices to evaluate it on.
 

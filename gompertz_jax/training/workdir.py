@@ -66,7 +66,7 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
 
 
 def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
-    """What differs from the run's first start in how it is evaluated; a result says so."""
+    """What differs from the run's first start in how it is evaluated; results record it."""
     keys = ("evaluate_every_epochs", "teacher")
     both = (with_defaults(config) for config in (read_json(workdir / CONFIG), content))
     old, new = ({key: config[key] for key in keys} for config in both)
@@ -74,12 +74,12 @@ def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
 
 
 def check_data(workdir: Path, name: str, sha256: str) -> None:
-    """Refuse to go on with images other than those that a run began with.
+    """Refuse to continue with images other than those that a run began with.
 
     Args:
       workdir: the run's.
       name: the data set's, for the message.
-      sha256: of its training images and labels; "" for sets that are held to official checksums.
+      sha256: checksum of its training images and labels; "" for sets that are checked against official checksums.
 
     Raises:
       RunError: they differ.

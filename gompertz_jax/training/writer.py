@@ -1,6 +1,6 @@
 """What a run writes while it works: metrics.jsonl, TensorBoard events, the progress bar.
 
-With several processes, the metrics and the progress of all but the first are silent: what they know, it knows.
+With several processes only the first one writes metrics and progress: the others have the same ones.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class MetricsWriter:
     that are about to be taken again.
 
     Attributes:
-      lines: how many there are. A checkpoint remembers it, so that lines which are lost later are missed.
+      lines: how many there are. A checkpoint records it, so that lines lost later are noticed.
     """
 
     def __init__(self, workdir: Path, *, step: int):
@@ -91,7 +91,7 @@ class MetricsWriter:
         finally:
             for file in (self._file, self._events):
                 if file is not None:
-                    with contextlib.suppress(OSError):  # said by `commit`
+                    with contextlib.suppress(OSError):  # reported by `commit`
                         file.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -104,8 +104,8 @@ class MetricsWriter:
 class _Events:
     """TensorBoard's events of the lines of `metrics.jsonl`, in a file for each start; those past `step` are hidden.
 
-    They are written by the caller's thread. That of tensorboardX's SummaryWriter dies silently of a full disk, and its
-    queue then fills up until the run hangs.
+    They are written by the caller's thread. The thread of tensorboardX's SummaryWriter dies silently on a full disk,
+    and its queue then fills up until the run hangs.
     """
 
     def __init__(self, directory: Path, *, step: int):
@@ -154,7 +154,7 @@ class ProgressBar:
             )
 
     def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Say where training is."""
+        """Show how far training is."""
         advanced, self._step = step - self._step, step
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(loss, accuracy, images_per_second))
