@@ -80,13 +80,15 @@ def _computes(term: Term) -> tuple[Any, ...]:
 
 
 def _identity(option: Any) -> Any:
-    """A hashable value, equal for equal options; an array by all of its numbers, since its `repr` omits some."""
+    """Equal for equal options, and hashable; arrays by all of their elements, of which `repr` leaves some out."""
+    if isinstance(option, jax.Array) and jnp.issubdtype(option.dtype, jax.dtypes.prng_key):
+        option = jax.random.key_data(option)
     if isinstance(option, np.ndarray | jax.Array):
         return option.shape, str(option.dtype), np.asarray(option).tobytes()
     if isinstance(option, Mapping):
-        return tuple(sorted((name, _identity(value)) for name, value in option.items()))
+        return frozenset((repr(name), _identity(value)) for name, value in option.items())
     if isinstance(option, list | tuple):
-        return tuple(map(_identity, option))
+        return type(option), *map(_identity, option)  # kinds of projections are tuples, and differ by their type
     return repr(option)
 
 

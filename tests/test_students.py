@@ -11,6 +11,7 @@ import pytest
 
 import gompertz_jax as gj
 from gompertz_jax import terms
+from gompertz_jax.projections import ClassDistances, Embedding
 from gompertz_jax.students import LAYOUTS, Students, grouped, make_comparison_step, stacked
 
 SHAPE, CLASSES, STEPS = (4, 4, 2), 3, 6
@@ -90,6 +91,22 @@ def test_arms_that_differ_in_one_number_of_an_array_are_two_groups():
         for matrix in (same, other, same.copy())
     ]
     assert [group.arms for group in grouped(arms)] == [(0, 2), (1,)]
+
+
+def test_arms_that_differ_in_the_kind_of_a_projection_are_two_groups():
+    """Kinds are tuples of their options, and these are equal."""
+    listed = (gj.Term("w", gj.constant_schedule(1.0), partial(terms.gaussian, projection="last")),)
+    arms = [gj.Objective(listed, {"last": kind}) for kind in (Embedding(1), ClassDistances(1), Embedding(1))]
+    assert [group.arms for group in grouped(arms)] == [(0, 2), (1,)]
+
+
+def test_options_of_a_loss_may_be_keys_and_tables():
+    def arm(seed):
+        options = {"key": jax.random.key(seed), "table": {1: 2, "a": (3, [4])}}
+        loss = partial(terms.cross_entropy, **options)
+        return gj.Objective((gj.Term("x", gj.constant_schedule(1.0), loss, distils=False),))
+
+    assert [group.arms for group in grouped([arm(0), arm(1), arm(0)])] == [(0, 2), (1,)]
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "devices"])

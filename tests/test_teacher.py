@@ -1,5 +1,7 @@
 """The gate before the first step, and networks that come back from disk as they were saved."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,11 @@ def test_a_good_teacher_of_few_classes_passes_and_guessing_does_not(classes):
     assert room.gate(brightness(classes=classes), few, floor=0.9, origin="here", mesh=data_mesh()) == 1.0
     with pytest.raises(RunError, match="its weights are untrained"):
         room.gate(brightness(0.0, classes), few, floor=0.0, origin="here", mesh=data_mesh())
+
+
+def test_a_teacher_that_always_answers_the_largest_class_is_refused():
+    labels = np.repeat(np.int32([0, 1, 2, 3]), (80, 40, 40, 40))
+    split = Split(np.zeros((200, 8, 8, 1), np.uint8), labels)
+    unequal = dataclasses.replace(dataset(), train=split, validation=split)
+    with pytest.raises(RunError, match=r"classifies 40.0% of the held-out images, and guessing 40.0%"):
+        room.gate(brightness(), unequal, floor=0.0, origin="here", mesh=data_mesh())

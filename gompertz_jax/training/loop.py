@@ -1,7 +1,7 @@
 """From a config to a result: the thin shell in which the compiled step runs.
 
-Test images are read once, after the last step. With several processes all of them run this; where a file decides what
-happens next, the first one reads it and tells the others.
+Test images are evaluated once, after the last step. With several processes all of them run this; where a file decides
+what happens next, the first one reads it and informs the others.
 """
 
 import os

@@ -118,9 +118,9 @@ class _Events:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             # Two starts within a second must not share a file.
-            self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
+            self._file = EventsWriter(str(directory / "events"), f".{time.time_ns()}.{os.getpid()}")
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._file.write_event(self._proto.Event(step=step + 1, session_log=start))
+            self._file.write_event(self._proto.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, line: Mapping[str, Any]) -> None:
         scalars = [
