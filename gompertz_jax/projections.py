@@ -10,7 +10,8 @@ CPU runs the gradient of its own convolution 15 to 100 times slower inside `lax.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -124,6 +125,14 @@ class Projection(NamedTuple):
         return "1x1 linear map, BatchNorm; the teacher's channels standardised"
 
 
+class _Form(NamedTuple):
+    """Which convolution brings a map to another's size: its kernel, the function of map and kernel, and its name."""
+
+    size: tuple[int, int]
+    convolve: Callable[[Array, Array], Array]
+    words: str
+
+
 class Regressor(NamedTuple):
     """FitNet's regressor: a convolution, BatchNorm and ReLU that give a student's map the shape of a teacher's.
 
@@ -152,21 +161,14 @@ class Regressor(NamedTuple):
         """
         ((ours, theirs),) = _shapes(self.stages(student, teacher), student, teacher)
         params, stats = _init_norm(theirs[-1])
-        return _kernels(key, {"kernel": (*self._size(ours, theirs), ours[-1], theirs[-1])}) | params, stats
+        return _kernels(key, {"kernel": (*self._form(ours, theirs).size, ours[-1], theirs[-1])}) | params, stats
 
     def apply(
         self, params: PyTree, stats: PyTree, student: Outputs, teacher: Outputs, *, train: bool
     ) -> tuple[Float[Array, "batch _ _ channels"], Float[Array, "batch _ _ channels"], PyTree]:
         """The student's regressed map, `[B, h', w', c']` where it is resized, and the teacher's as it is."""
         ((ours, theirs),) = _maps(self.stages(student, teacher), student, teacher)
-        if not self.resize:
-            y = ours @ params["kernel"][0, 0]
-        elif _is_twice(ours.shape, theirs.shape):
-            y = convolve(ours, params["kernel"], stride=2, padding=1)
-        elif _is_twice(theirs.shape, ours.shape):
-            y = upsample_convolve(ours, params["kernel"])
-        else:
-            y = convolve(ours, params["kernel"])
+        y = self._form(ours.shape, theirs.shape).convolve(ours, params["kernel"])
         view, stats = _normalised(params, stats, y, train=train)
         return jax.nn.relu(view), theirs, stats
 
@@ -177,18 +179,22 @@ class Regressor(NamedTuple):
     def describe(self, student: Outputs, teacher: Outputs) -> str:
         """Which convolution these shapes take."""
         ((ours, theirs),) = _shapes(self.stages(student, teacher), student, teacher)
-        height, width = self._size(ours, theirs)
-        form = "convolution"
-        if not self.resize:
-            form = "convolution, sizes kept"
-        elif _is_twice(ours, theirs):
-            form = "convolution at stride 2"
-        elif _is_twice(theirs, ours):
-            form = "transposed convolution at stride 2"
-        return f"{height}x{width} {form}, BatchNorm, ReLU"
+        form = self._form(ours, theirs)
+        return f"{form.size[0]}x{form.size[1]} {form.words}, BatchNorm, ReLU"
 
-    def _size(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, int]:
-        return _regressor_size(ours, theirs) if self.resize else (1, 1)
+    def _form(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> _Form:
+        if not self.resize:
+            return _Form((1, 1), lambda x, kernel: x @ kernel[0, 0], "convolution, sizes kept")
+        if _is_twice(ours, theirs):
+            return _Form((3, 3), partial(convolve, stride=2, padding=1), "convolution at stride 2")
+        if _is_twice(theirs, ours):
+            return _Form((4, 4), upsample_convolve, "transposed convolution at stride 2")
+        if ours[1] < theirs[1] or ours[2] < theirs[2]:
+            raise ValueError(
+                "the student's map must be at least as large as the teacher's, or half as large, "
+                f"got {ours[1]}x{ours[2]} and {theirs[1]}x{theirs[2]}"
+            )
+        return _Form((1 + ours[1] - theirs[1], 1 + ours[2] - theirs[2]), convolve, "convolution")
 
 
 class VariationalRegressor(NamedTuple):
@@ -557,20 +563,6 @@ def _names(pairs: Sequence[Any]) -> list[str]:
 
 def _is_twice(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
     return larger[1] == 2 * smaller[1] and larger[2] == 2 * smaller[2]
-
-
-def _regressor_size(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of the regressor's kernel."""
-    if _is_twice(ours, theirs):
-        return 3, 3
-    if _is_twice(theirs, ours):
-        return 4, 4
-    if ours[1] < theirs[1] or ours[2] < theirs[2]:
-        raise ValueError(
-            "the student's map must be at least as large as the teacher's, or half as large, "
-            f"got {ours[1]}x{ours[2]} and {theirs[1]}x{theirs[2]}"
-        )
-    return 1 + ours[1] - theirs[1], 1 + ours[2] - theirs[2]
 
 
 def _init_norm(width: int) -> tuple[dict[str, Array], dict[str, Array]]:
