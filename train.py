@@ -21,9 +21,13 @@ flags.mark_flag_as_required("config")
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parse flags; a key that the config does not have is reported in one line."""
+    """Parse flags; what is wrong with them is reported in one line."""
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        if not any(argument.startswith("--config") for argument in arguments):
+            sys.exit("error: --config=FILE is missing; the experiments that come with this are in configs/")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:
         sys.exit(f"error: {config_error(error)}")
 

@@ -245,6 +245,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
         for place, index in enumerate(group.arms)
         for offset, seed in enumerate(cohort.seeds)
     )
+    say(f"training {len(students)} students: {plan.steps:,} steps of {config.recipe.batch_size} images")
     driven = drive(
         config,
         config.recipe,

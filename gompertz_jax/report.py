@@ -23,17 +23,19 @@ def result_card(result: Mapping[str, Any], workdir: Path) -> str:
     """
     timing = result["timing"]
     best, teacher = result["test_accuracy_best"], result["teacher"]
+    own_teacher = ", teacher/" if (workdir / "teacher").is_dir() else ""
     rows = [
         ("data", f"{result['dataset']}, seed {result['seed']}, {result['steps']:,} steps"),
         ("teacher", f"{teacher:<22} test accuracy {result['teacher_test_accuracy']:.2%}" if teacher else ""),
         ("student", f"{result['student']:<22} test accuracy {result['test_accuracy_last']:.2%} (last step)"),
         ("", f"{'':<22} {'':<13} {best:.2%} (best by validation)" if best is not None else ""),
         (
-            "seconds",
-            f"student {timing['train_seconds']:.0f} ({timing['images_per_second']:,.0f} images/s), "
-            f"teacher {timing['teacher_seconds']:.0f}",
+            "time",
+            f"student {timing['train_seconds']:.0f} s, teacher {timing['teacher_seconds']:.0f} s, both with compiling; "
+            f"{timing['images_per_second']:,.0f} images/s while training",
         ),
-        ("files", f"{workdir}/ result.json, metrics.jsonl, curves.png, checkpoints/, network/, teacher/"),
+        ("files", f"{workdir}/ result.json, metrics.jsonl, curves.png, checkpoints/, network/{own_teacher}"),
+        ("next", f"gompertz-jax report {workdir}"),
     ]
     lines = [f"{name:<8}  {text}".rstrip() for name, text in rows if text]
     width = max(map(len, lines))

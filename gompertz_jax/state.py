@@ -151,6 +151,12 @@ def state_check(
         if optimizer is not None:
             trained = {"student": state.params, "projections": state.projections}
             check_form("state.opt_state", state.opt_state, jax.eval_shape(optimizer.init, trained))
+            if averages != (state.average is not None):
+                given, lacking = ("step", "state") if averages else ("state", "step")
+                raise ValueError(
+                    f"the {given} has a moving average and the {lacking} has none: give both "
+                    "init_state(moving_average=True) and make_train_step(average_decay=0.999), or neither"
+                )
             average = (state.params, state.stats) if averages else None
             check_form("state.average", state.average, average)
 

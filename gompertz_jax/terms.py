@@ -367,6 +367,9 @@ def gradient_match(
     ours = _gradient(student, pull_student, direction, stages[:1])
     if stages:
         ours, theirs = features.to_one_size(ours, theirs)
+    height, width = ours.shape[1:3]
+    if height % pool or width % pool:
+        raise ValueError(f"pool = {pool} must divide the gradients' {height}x{width}; 1 always does")
     pooled = gradients.pool_gradient(ours, pool), gradients.pool_gradient(theirs, pool)
     return gradients.gradient_distance(*pooled, kind=kind)
 

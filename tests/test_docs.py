@@ -239,7 +239,7 @@ def test_every_block_of_python_runs(room, monkeypatch):
                     namespace["batch"] = namespace["batches"][0]
                 exec(block, namespace)
         if page.name == "own_data.md":
-            assert load("arrays:mine.npz", validation=10).class_names == ("a", "b", "c")
+            assert load("arrays:mine.npz", validation=180).train.images.shape == (1220, 8, 8, 1)
         if page.name == "losses.md":
             assert "at" in [term.name for term in build_objective(config, 100).terms]
         if page.name == "step.md":

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers import ROOT, small_config
+from helpers import small_config
 from PIL import Image, ImageOps
 
 from gompertz_jax.training import loop, own_data
@@ -118,14 +118,6 @@ def test_a_run_is_the_same_from_a_folder_and_from_arrays_and_remembers_its_image
 def test_a_run_from_tfds(names, tmp_path):
     name, data_dir = names["tfds"]
     assert run(name, tmp_path / "run", **{"data.data_dir": str(data_dir)})["dataset"] == "tfds:trees"
-
-
-def test_the_page_s_arrays_are_read(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
-    exec(code, {})
-    data = load("arrays:mine.npz", validation=10)
-    assert data.class_names == ("a", "b", "c") and len(data.train.labels) == 50
 
 
 def test_sizes_are_brought_to_one_and_grey_stays_grey(tmp_path):

@@ -60,7 +60,7 @@ def test_the_reference_pair_is_described():
         "mobilenetv2, 812,836 parameters, 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2",
         "wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's channels "
         "standardised), 2,625,536 parameters",
-        "100 of 64 images, 50 a dispatch",
+        "100 of 64 images, 50 per dispatch",
         "kd           weight at 0, 25, 50, 75, 100 %: 0.00674",
         "MiB",
     ):
@@ -167,7 +167,7 @@ def test_a_part_of_the_batch_suffices_for_input_gradients():
 
 def test_what_each_of_several_devices_gets_is_told():
     assert " x 8, jax" in (text := describe(dataset(), devices=8))
-    assert "100 of 64 images (8 a device), 50 a dispatch" in text
+    assert "100 of 64 images (8 a device), 50 per dispatch" in text
     assert "MiB a device" in text
 
 

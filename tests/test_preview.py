@@ -149,7 +149,7 @@ def test_the_command_takes_a_config_file_and_changes(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--config=nowhere.py"], "nowhere.py"),
-        ([f"--config={DIGITS}", "--config.recipe.epoch=3"], 'Did you mean "epochs"'),
+        ([f"--config={DIGITS}", "--config.recipe.epoch=3"], "there is no key 'epoch'; did you mean 'epochs'?"),
         ([f"--config={DIGITS}", "--config.recipe.epochs=many"], "recipe.epochs"),
         ([f"--config={DIGITS}", "stray"], "unexpected argument 'stray'"),
         ([f"--config={DIGITS}", "--config.objective.curve=gompetz()"], "objective.curve = 'gompetz()'"),

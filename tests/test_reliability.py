@@ -341,7 +341,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again_ends_in_the_same_bits(
             assert code == -number, text
         else:
             assert code == 128 + number, text
-            assert "the same command goes on from the last checkpoint" in text
+            assert "the same command resumes from the last checkpoint" in text
         assert re.search(said, text), text
         assert "Traceback" not in text
     log = tmp_path / "end.log"

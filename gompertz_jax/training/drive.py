@@ -46,19 +46,21 @@ class Plan(NamedTuple):
     evaluate_every: int
 
     @classmethod
-    def of(cls, recipe: Config, config: Config, count: int) -> "Plan":
+    def of(cls, recipe: Config, config: Config, count: int, *, where: str = "recipe") -> "Plan":
         """The plan of `recipe` for `count` images; its steps are a multiple of a dispatch's, so one program serves all.
 
         Raises:
           RunError: the batch is larger than the training set, or the steps are more than MOST_STEPS.
         """
         if recipe.batch_size > count:
-            raise RunError(f"batch_size = {recipe.batch_size} exceeds the {count:,} training images")
+            raise RunError(
+                f"{where}.batch_size = {recipe.batch_size} exceeds the {count:,} training images: take {count} or fewer"
+            )
         per_epoch = count // recipe.batch_size
         steps = per_epoch * recipe.epochs
         if steps > MOST_STEPS:
             raise RunError(
-                f"epochs = {recipe.epochs:,} of {per_epoch:,} steps are more than {MOST_STEPS:,} steps: take fewer"
+                f"{where}.epochs = {recipe.epochs:,} of {per_epoch:,} steps exceed {MOST_STEPS:,} steps: take fewer"
             )
         dispatch = next(n for n in range(min(config.steps_per_dispatch, steps), 0, -1) if steps % n == 0)
         return cls(steps, per_epoch, dispatch, per_epoch * config.evaluate_every_epochs)

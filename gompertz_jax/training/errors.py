@@ -1,5 +1,7 @@
 """The one exception a user is meant to read: what is wrong, with which value, and the way out."""
 
+import re
+
 
 class RunError(ValueError):
     """A run cannot start or continue for a reason that its user can change; shown without a traceback."""
@@ -15,8 +17,10 @@ def first_line(error: Exception) -> str:
 
 
 def config_error(error: Exception) -> str:
-    """One line about a config that cannot be read, or cannot be changed as the command line says."""
+    """One line on a config that cannot be read, or not be changed as the command line says."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    if isinstance(error, KeyError) and text.strip("'").isidentifier():  # all that ConfigDict says
+    if meant := re.search(r'Did you mean "(\S+)" instead of "(\S+)"', text):  # as ConfigDict says it
+        text = f"there is no key {meant[2]!r}; did you mean {meant[1]!r}?"
+    elif isinstance(error, KeyError) and text.strip("'").isidentifier():  # all that ConfigDict says
         text = f"there is no key {text}; the command line changes what the config file has, and adds nothing to it"
     return f"--config: {text}"

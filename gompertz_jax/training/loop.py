@@ -136,6 +136,7 @@ def _run(
 
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
+    say(f"training the student {config.student.model}: {plan.steps:,} steps of {config.recipe.batch_size} images")
     fitted = fit(
         config,
         config.recipe,
@@ -287,7 +288,7 @@ def teacher_shapes(
         directory = _teacher_directory(config)
         return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
     check_batch(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
-    Plan.of(config.teacher.recipe, config, len(dataset.train.labels))
+    Plan.of(config.teacher.recipe, config, len(dataset.train.labels), where="teacher.recipe")
     return content["teacher"], network_shapes(content["teacher"], dataset)
 
 
@@ -307,7 +308,7 @@ def obtain_teacher(
         with sole_use(origin):
             network, seconds = trained_teacher(config, content, dataset, data, origin, mesh, stop)
     accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
-    say(f"teacher {name} of {origin}: {accuracy:.2%} of the held-out images")
+    say(f"teacher {name} ({origin}): accuracy {accuracy:.2%} on the held-out images")
     return Teacher(network, name, accuracy, seconds)
 
 
@@ -348,7 +349,7 @@ def trained_teacher(
         return load_network(workdir), card["timing"]["train_seconds"]
     on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
-    plan = Plan.of(recipe, config, len(dataset.train.labels))
+    plan = Plan.of(recipe, config, len(dataset.train.labels), where="teacher.recipe")
     say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
     fitted = fit(
         config,

@@ -269,8 +269,8 @@ def describe(
         rows.append(
             (
                 "stored",
-                f"the teacher's {' and '.join(parts)} for {views} views of each image, {_mebibytes(stored)}: once what "
-                f"it computes in {views} epochs",
+                f"the teacher's {' and '.join(parts)} for {views} views of each image, {_mebibytes(stored)}, "
+                f"computed once, at the cost of {views} epochs of the teacher",
             )
         )
     elif views:
@@ -280,10 +280,13 @@ def describe(
         shown = ", ".join(f"{value:.3g}" for value in corners(weights))
         of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
         rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {shown}{mean}"))
-    epochs = steps * batch_size / len(dataset.train.labels)
+    per_epoch = len(dataset.train.labels) // batch_size
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
-    taken = f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} a dispatch, {epochs:.1f} epochs"
+    taken = (
+        f"{steps:,} of {batch_size} images{share}, {steps_per_dispatch} per dispatch; "
+        f"{steps / per_epoch:.3g} epochs of {per_epoch:,} whole batches"
+    )
     rows.append(("steps", taken))
     memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"

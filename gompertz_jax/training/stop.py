@@ -12,6 +12,7 @@ from typing import BinaryIO, NoReturn
 from .sharding import ask_to_stop, asked_to_stop, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN = "the same command resumes from the last checkpoint, if there is one"
 GRACE_SECONDS = 25.0  # after which the process ends, whatever it is doing: what is on disk is whole at any time
 
 
@@ -61,7 +62,7 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._installed.close()
         if kind is Stopped:
-            say("stopped; the same command goes on from the last checkpoint")
+            say(f"stopped; {AGAIN}")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -100,10 +101,14 @@ class Stop:
             number = _next_signal(numbers)
             if number:
                 name = signal.Signals(number).name
-                print(f"{name}: finishing and saving what is under way; once more stops at once", flush=True)
+                below = "\n" if sys.stdout.isatty() else ""  # the terminal's own ^C
+                print(f"{below}{name}: finishing and saving what is under way; once more stops at once", flush=True)
                 ask_to_stop(number)
                 if not select.select([numbers], [], [], GRACE_SECONDS)[0] or _next_signal(numbers):
-                    print("stopped at once; the same command goes on from the last checkpoint", flush=True)
+                    print(
+                        f"stopped at once; {AGAIN}",
+                        flush=True,
+                    )
                     os._exit(128 + number)
 
 

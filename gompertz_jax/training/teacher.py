@@ -176,8 +176,8 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
     if accuracy <= min(2 * chance, chance + 0.15 * (1 - chance)):
         raise RunError(
             f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, and guessing {chance:.1%}: "
-            f"its weights are untrained, or its classes are in another order than those of {dataset.name}; give a "
-            "teacher.dir with a network trained on it, or none, and one is trained"
+            f"its weights are untrained, or its classes are in another order than those of {dataset.name}; train it "
+            "longer (teacher.recipe.epochs) in another --workdir, or give a teacher.dir with a network trained on it"
         )
     if accuracy < floor:
         raise RunError(

@@ -20,6 +20,7 @@ from .sharding import is_main
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
+_BAR = "{desc} {percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"  # fits into 90 columns
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -149,15 +150,15 @@ class ProgressBar:
         self._bar = None
         self._enabled = enabled and is_main()
         if self._enabled and sys.stderr.isatty():
-            self._bar = tqdm(
-                desc=label, total=total, initial=step, unit="step", dynamic_ncols=True, leave=True, smoothing=0.1
-            )
+            self._bar = tqdm(desc=label, total=total, initial=step, bar_format=_BAR, dynamic_ncols=True, smoothing=0.1)
 
     def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
         """Show how far training is."""
         advanced, self._step = step - self._step, step
         if self._bar is not None:
-            self._bar.set_postfix_str(self._figures(loss, accuracy, images_per_second))
+            held_out = "" if self.validation_accuracy is None else f", val {self.validation_accuracy:.1%}"
+            figures = f"{images_per_second:,.0f} img/s, loss {loss:.2f}, acc {accuracy:.1%}{held_out}"
+            self._bar.set_postfix_str(figures)
             self._bar.update(advanced)
         elif self._enabled and time.monotonic() - self._spoke >= PLAIN_LINE_SECONDS:
             self._spoke = time.monotonic()
