@@ -203,7 +203,7 @@ BAD_TEACHERS = {
     ),
     "random weights": (
         lambda folder: rewritten(folder, untrained),
-        r"classifies \d+.\d% of the held-out images, and guessing 10.0%: its weights are untrained, .* teacher.dir",
+        r"classifies \d+.\d% of the held-out images, and guessing 1\d.\d%: its weights are untrained, .* teacher.dir",
     ),
     "NaN weights": (
         lambda folder: rewritten(folder, with_nan),

@@ -72,8 +72,8 @@ def test_progress_draws_a_bar_on_a_terminal(capsys, monkeypatch):
     with writer.ProgressBar("student", step=0, total=10) as progress:
         progress.update(10, loss=2.0, accuracy=0.5, images_per_second=64.0)
     err = capsys.readouterr().err
-    assert "student: 100%" in err
-    assert "64 images/s, loss 2.000, accuracy 50.0%" in err
+    assert "student 100%|██████| 10/10" in err
+    assert "64 img/s, loss 2.00, acc 50.0%" in err
 
 
 def test_tensorboard_events_follow_where_the_extra_is_installed(tmp_path):
@@ -116,6 +116,6 @@ def test_a_disk_that_is_full_for_events_alone_ends_the_run_in_words(tmp_path, mo
         pytest.raises(RunError, match=r"events cannot be written \(No space left on device\); make room"),
         writer.MetricsWriter(tmp_path, step=0) as metrics,
     ):
-        monkeypatch.setattr(metrics._events._file, "write_event", full)
+        monkeypatch.setattr(metrics._events._file, "write", full)
         metrics.write(train(0, loss=0.5))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

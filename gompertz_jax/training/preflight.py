@@ -280,7 +280,7 @@ def describe(
         shown = ", ".join(f"{value:.3g}" for value in corners(weights))
         of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
         rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {shown}{mean}"))
-    per_epoch = len(dataset.train.labels) // batch_size
+    per_epoch = max(1, len(dataset.train.labels) // batch_size)
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
     taken = (

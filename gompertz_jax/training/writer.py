@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -110,8 +111,8 @@ class _Events:
     """
 
     def __init__(self, directory: Path, *, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import RecordWriter
 
         self._path = directory
         self._proto: Any = event_pb2
@@ -119,17 +120,20 @@ class _Events:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             # Two starts within a second must not share a file.
-            self._file = EventsWriter(str(directory / "events"), f".{time.time_ns()}.{os.getpid()}")
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._file.write_event(self._proto.Event(wall_time=time.time(), step=step + 1, session_log=start))
+            name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+            self._file = RecordWriter(str(directory / name))
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=self._proto.SessionLog(status=self._proto.SessionLog.START))
 
     def write(self, line: Mapping[str, Any]) -> None:
         scalars = [
             self._summary.Value(tag=f"{line['split']}/{name}", simple_value=value) for name, value in _scalars(line)
         ]
-        event = self._proto.Event(wall_time=time.time(), step=line["step"], summary=self._summary(value=scalars))
+        self._add(step=line["step"], summary=self._summary(value=scalars))
+
+    def _add(self, **content: Any) -> None:
         with writing(self._path):
-            self._file.write_event(event)
+            self._file.write(self._proto.Event(wall_time=time.time(), **content).SerializeToString())
 
     def flush(self) -> None:
         with writing(self._path):
