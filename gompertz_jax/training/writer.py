@@ -104,7 +104,10 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard's events of the lines of `metrics.jsonl`, in a file for each start; those past `step` are hidden.
+    """TensorBoard's events of the lines of `metrics.jsonl`, in one file per start.
+
+    Events of an earlier start past `step` are hidden. The training line of index `step` is shown twice, with equal
+    numbers: validation lines, which count the steps taken, must stay.
 
     They are written by the caller's thread. The thread of tensorboardX's SummaryWriter dies silently on a full disk,
     and its queue then fills up until the run hangs.
