@@ -148,11 +148,13 @@ def drive(
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=agrees) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        start = _begun_or_resumed(checkpoints, program, teacher, workdir, taught_by=taught_by, mesh=mesh)
-        if start.step:
-            say(f"{label}: resumes from step {start.step:,} of {plan.steps:,} in {workdir}")
-        state, best, step = start.state, start.best, start.step
-        clock, earlier = start.clock, start.clock.total_seconds
+        # Taken apart: whoever held the whole of it would hold the best weights of the start until the end.
+        step, state, best, clock, not_converged, failed = _begun_or_resumed(
+            checkpoints, program, teacher, workdir, taught_by=taught_by, mesh=mesh
+        )
+        earlier = clock.total_seconds
+        if step:
+            say(f"{label}: resumes from step {step:,} of {plan.steps:,} in {workdir}")
 
         outputs = {}
         if views and teacher is not None and step < plan.steps:
@@ -191,8 +193,8 @@ def drive(
                 recipe.batch_size,
                 config.logging,
                 clock,
-                start.not_converged,
-                start.failed,
+                not_converged,
+                failed,
                 writer,
                 progress,
             )
@@ -243,7 +245,7 @@ def drive(
             reader.count_rest()
             if step < plan.steps:
                 say(f"{label}: saved at step {step:,} of {plan.steps:,}")
-    return Driven(state, best, clock, start.not_converged)
+    return Driven(state, best, clock, not_converged)
 
 
 class _Start(NamedTuple):
