@@ -625,6 +625,16 @@ def test_a_label_that_is_none_is_refused_and_not_another_classs():
     assert state.failed_term == 0 and state.step == 0 and np.isnan(metrics["ce/raw"][0])
 
 
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_moving_average_in_the_state_or_the_step_alone_is_refused_in_words(carried):
+    student, optimizer, objective = linear_network(1), optax.sgd(0.1), gj.student_alone()
+    state = gj.init_state(student, optimizer, objective, SHAPE, moving_average=carried)
+    step = gj.make_train_step(student, optimizer, objective, average_decay=None if carried else 0.9)
+    given, lacking = ("state", "step") if carried else ("step", "state")
+    with pytest.raises(ValueError, match=f"the {given} has a moving average and the {lacking} has none: give both"):
+        step(state, None, batch())
+
+
 def test_projections_learn_and_teacher_is_unchanged():
     state, teacher, step = setup(gj.gompertz_objective(2), steps_per_dispatch=2)
     kernel, taught = np.asarray(state.projections["last"]["kernel"]), jax.tree.map(np.asarray, teacher.params)

@@ -287,3 +287,10 @@ def test_every_option_reaches_its_loss():
     values = jax.jit(lambda: [(mean(term(r)), mean(term(r, **option))) for term, option in options])()
     for (term, option), (usual, other) in zip(options, values, strict=True):
         assert abs(other - usual) > 1e-3 * abs(usual), (term.__name__, option)
+
+
+def test_a_pool_that_does_not_divide_the_images_is_told_by_its_name():
+    pull_back = lambda cotangent, stage=None: jnp.ones((3, 6, 5, 2))  # noqa: E731
+    r = record(student_pullback=pull_back, teacher_pullback=pull_back)
+    with pytest.raises(ValueError, match="pool = 4 must divide the gradients' 6x5; 1 always does"):
+        terms.gradient_match(r)
