@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 
-from _common import commit, processor, save_record, versions
+from _common import commit, processor, save_record, spread, versions
 
 MODULES = ("jax", "gompertz_jax")
 
@@ -32,10 +32,7 @@ def main():
     ratios = [b / a for a, b in readings]
     print("| import jax | import gompertz_jax | ratio, median (range) |")
     print("|---|---|---|")
-    print(
-        f"| {statistics.median(alone):.2f} s | {statistics.median(whole):.2f} s "
-        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-    )
+    print(f"| {statistics.median(alone):.2f} s | {statistics.median(whole):.2f} s | {spread(ratios)} |")
     used = versions("jax", "optax")
     print(f"n = {options.repetitions}; {processor()}; {used}; commit {commit()}")
     save_record(options, processor(), used, readings=readings)

@@ -10,14 +10,13 @@ cancels. Images are noise of CIFAR's size: nothing here depends on what they sho
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from _common import commit, hardware, save_record, versions
+from _common import commit, hardware, save_record, spread, versions
 
 import gompertz_jax as gj
 from gompertz_jax.training.compilation import keep_compiled
@@ -153,7 +152,7 @@ def main():
             cells = "".join(f"{rounds[-1][name]:>10.1f}" for name in ("before", "loop", "after"))
             print(f"{cells}{rounds[-1]['ratio']:>25.3f}", flush=True)
     ratios = [each["ratio"] for each in rounds]
-    print(f"\nmedian {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), n = {len(ratios)}")
+    print(f"\nmedian {spread(ratios, 3)}, n = {len(ratios)}")
     save_record(options, hardware(), found, rounds=rounds)
 
 

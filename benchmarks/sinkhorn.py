@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 import numpy as np
-from _common import commit, processor, save_record, versions
+from _common import commit, processor, save_record, spread, versions
 from _worker import Worker, WorkerError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -63,8 +63,7 @@ def measure(points, options, ours, theirs):
 
 def cell(seconds):
     """Median with range, in milliseconds."""
-    values = [1e3 * value for value in seconds]
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return spread([1e3 * value for value in seconds])
 
 
 def main():

@@ -21,7 +21,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import commit, hardware, save_record, versions
+from _common import commit, hardware, save_record, spread, versions
 from jax_step import rolled
 
 import gompertz_jax as gj
@@ -132,12 +132,6 @@ def measure(options):
             jax.block_until_ready(program(*arguments))
             seconds[rules][context].append((time.perf_counter() - start) / CONTEXTS[context][1])
     return seconds
-
-
-def spread(values, digits=2):
-    """`median (lowest to highest)` as text."""
-    median, low, high = (f"{value:.{digits}f}" for value in (np.median(values), np.min(values), np.max(values)))
-    return f"{median} ({low} to {high})"
 
 
 def main():

@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 
-from _common import commit, versions
+from _common import commit, spread, versions
 from _worker import Worker, WorkerError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -235,7 +235,7 @@ def ratio_text(seconds, other):
     if other not in seconds:
         return ""
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[other], strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return spread(ratios)
 
 
 def memory_text(prepared, finished):

@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 
-from _common import commit, hardware, save_record, versions
+from _common import commit, hardware, save_record, spread, versions
 from jax_step import Program, make_weights
 from step_time import FEWEST_STEPS, ROWS, TASK, WEIGHTS
 
@@ -65,8 +65,7 @@ def main():
         ratios = [own / kd for own, kd in zip(values, seconds["KD"], strict=True)]
         relative = flops[name] / flops["KD"]
         rows[name] = {"seconds": values, "ratios": ratios, "flops": relative}
-        told = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"{name:<20}{1e3 * statistics.median(values):>10.1f}{told:>26}{relative:>12.2f}")
+        print(f"{name:<20}{1e3 * statistics.median(values):>10.1f}{spread(ratios, 3):>26}{relative:>12.2f}")
     iterations = prepared["KD + W"]["sinkhorn_iterations"]
     print(f"\nSinkhorn takes {iterations:.0f} iterations")
     save_record(options, hardware(), found, rows=rows, sinkhorn_iterations=iterations)

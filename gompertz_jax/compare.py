@@ -4,7 +4,7 @@ The students' validation chooses, and the test images are read once, at the end.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,8 @@ def tested(trained: Trained) -> Tested:
             (params, stats),
         )
 
-    def in_all(evaluated: Callable[..., jax.Array]) -> np.ndarray:
-        return np.concatenate([np.asarray(evaluated(*part)) for part in in_parts(test, trained.mesh)], axis=-1)
-
     def classes(weights: Any) -> list[np.ndarray]:
-        return [in_all(partial(classes_of, *group)) for group in weights]
+        return [in_parts(partial(classes_of, *group), test, trained.mesh) for group in weights]
 
     def share(ours: np.ndarray, right: np.ndarray) -> float:
         return float(np.mean(ours == right))
@@ -108,7 +105,7 @@ def tested(trained: Trained) -> Tested:
     last = classes([group.evaluated() for group in state.groups])
     chosen = None if trained.dataset.validation is None else classes([(group.params, group.stats) for group in best])
     teacher = None if trained.teacher is None else trained.teacher.network
-    taught = None if teacher is None else in_all(lambda *part: evaluate(teacher, *part).classes)
+    taught = None if teacher is None else in_parts(lambda *part: evaluate(teacher, *part).classes, test, trained.mesh)
     return Tested(
         None if taught is None else share(taught, test.labels),
         {

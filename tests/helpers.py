@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from orbax.checkpoint import v1 as orbax
 
 import gompertz_jax as gj
@@ -176,6 +177,14 @@ def record(**changes):
         "teacher_views": {"last": jnp.asarray(rng.normal(size=(3, 4, 4, 10)), jnp.float32)},
     }
     return gj.Record(**(fields | changes))
+
+
+def refused_before_tracing(call, message):
+    """Hold that a call is refused, outside of `jit` and inside."""
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(ValueError, match=message):
+        jax.jit(call)()
 
 
 def central_difference(function, point, h=1e-6):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refused_before_tracing
 from test_transport import cosine_distances
 
 import gompertz_jax as gj
@@ -44,7 +45,4 @@ ILLEGAL = [
 
 @pytest.mark.parametrize(("call", "message"), ILLEGAL)
 def test_illegal_arguments_raise_before_tracing(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-    with pytest.raises(ValueError, match=message):
-        jax.jit(call)()
+    refused_before_tracing(call, message)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import central_difference
+from helpers import central_difference, refused_before_tracing
 
 import gompertz_jax as gj
 
@@ -283,10 +283,7 @@ ILLEGAL = [
 
 @pytest.mark.parametrize(("call", "message"), ILLEGAL)
 def test_illegal_arguments_raise_before_tracing(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-    with pytest.raises(ValueError, match=message):
-        jax.jit(call)()
+    refused_before_tracing(call, message)
 
 
 # Targets: which cotangent of the logits is pulled back

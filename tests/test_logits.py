@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from helpers import central_difference
+from helpers import central_difference, refused_before_tracing
 
 import gompertz_jax as gj
 
@@ -433,7 +433,4 @@ ILLEGAL = [
 
 @pytest.mark.parametrize(("call", "message"), ILLEGAL)
 def test_illegal_arguments_raise_before_tracing(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-    with pytest.raises(ValueError, match=message):
-        jax.jit(call)()
+    refused_before_tracing(call, message)

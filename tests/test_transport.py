@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from helpers import refused_before_tracing
 from test_wasserstein import TO_CONVERGENCE, central_difference, clouds, reference_sinkhorn, squared_distances
 
 import gompertz_jax as gj
@@ -356,7 +357,4 @@ ILLEGAL = [
 
 @pytest.mark.parametrize(("call", "message"), ILLEGAL)
 def test_illegal_arguments_raise_before_tracing(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-    with pytest.raises(ValueError, match=message):
-        jax.jit(call)()
+    refused_before_tracing(call, message)

@@ -6,7 +6,7 @@ before it runs, and cropped and mirrored inside the step by the same numbers. Ba
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,10 +26,20 @@ Held = tuple[jax.Array, jax.Array]
 PART = 10_000  # test images that are on the device at a time
 
 
-def in_parts(split: Split, mesh: Mesh) -> Iterator[Held]:
-    """Images and labels on every device, one part after another: a split may be larger than a device's memory."""
-    for start in range(0, len(split.labels), PART):
-        yield replicate((split.images[start : start + PART], split.labels[start : start + PART]), mesh)
+def in_parts(function: Callable[..., jax.Array], split: Split, mesh: Mesh) -> np.ndarray:
+    """A function of images and labels on a split, which may be larger than a device's memory.
+
+    Args:
+      function: `(images, labels) -> [..., images]`.
+      split: goes to every device one part after another.
+      mesh: the devices.
+
+    Returns:
+      The values of all parts, joined along the last axis.
+    """
+    starts = range(0, len(split.labels), PART)
+    parts = (replicate((split.images[at : at + PART], split.labels[at : at + PART]), mesh) for at in starts)
+    return np.concatenate([np.asarray(function(*part)) for part in parts], axis=-1)
 
 
 class Supply(NamedTuple):

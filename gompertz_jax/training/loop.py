@@ -253,7 +253,7 @@ def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, m
     def classes(network: Network | None) -> np.ndarray | None:
         if network is None:
             return None
-        return np.concatenate([np.asarray(evaluate(network, *part).classes) for part in in_parts(test, mesh)])
+        return in_parts(lambda *part: evaluate(network, *part).classes, test, mesh)
 
     def agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
         return None if a is None or b is None else float(np.mean(a == b))
