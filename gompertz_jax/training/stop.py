@@ -1,13 +1,14 @@
 """SIGTERM and SIGINT: what is under way is finished and saved, and the process ends with 128 + the signal's number."""
 
 import contextlib
+import functools
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import BinaryIO, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NoReturn
 
 from .sharding import ask_to_stop, asked_to_stop, say
 
@@ -37,6 +38,9 @@ class Stop:
     and `Stopped` is raised at once, that is, as soon as Python's main thread runs, which it does not while XLA
     compiles. So a thread waits too. It ends the process after `GRACE_SECONDS`, or at the second signal.
 
+    Where Python drops an exception, in a callback of the garbage collector or in `__del__`, `Stopped` is lost without a
+    word, and the next `deferred` obeys the signal before its first step.
+
     Outside the main thread, where Python has no handlers, and before it is entered, it requests nothing.
     """
 
@@ -56,6 +60,8 @@ class Stop:
             for number in SIGNALS:
                 handler = signal.signal(number, self._handle)
                 self._installed.callback(signal.signal, number, signal.SIG_DFL if handler is None else handler)
+            self._installed.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = functools.partial(_report_unless_stopped, sys.unraisablehook)
             threading.Thread(target=self._watch, args=(read,), name="stop", daemon=True).start()
         return self
 
@@ -69,8 +75,9 @@ class Stop:
         """Within it, signals only set what `requested` returns; at its end they are obeyed.
 
         Raises:
-          Stopped: at the end, if a signal came.
+          Stopped: at the end, if a signal came; at the start, if one came earlier and Python dropped its exception.
         """
+        self._obey()
         self._deferred = True
         try:
             yield
@@ -110,6 +117,12 @@ class Stop:
                         flush=True,
                     )
                     os._exit(128 + number)
+
+
+def _report_unless_stopped(report: Callable[[Any], object], dropped: Any) -> None:
+    """As `sys.unraisablehook`: an exception that Python dropped is reported, but for `Stopped`."""
+    if dropped.exc_type is not Stopped:
+        report(dropped)
 
 
 def _next_signal(numbers: BinaryIO) -> int:
