@@ -196,6 +196,13 @@ def _percent(value: float | None, *, sign: bool = False) -> str:
     return "" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
+def _probability(p: float | None) -> str:
+    """A p-value as tables print it: no test is ever certain."""
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[str, ...]]:
     """The table of one figure, with its head: accuracies and differences in percent."""
     rows: list[tuple[str, ...]] = [("arm", "n", "accuracy, %", "difference, points", "95 % interval", "p", "p (Holm)")]
@@ -207,21 +214,26 @@ def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[st
             rows.append((*cells, "baseline", "", "", ""))
             continue
         low, high = (_percent(difference[end], sign=True) for end in ("low", "high"))
-        ps = ("" if difference[key] is None else f"{difference[key]:.3f}" for key in ("p", "p_holm"))
+        ps = (_probability(difference[key]) for key in ("p", "p_holm"))
         rows.append((*cells, _percent(difference["mean"], sign=True), f"{low} to {high}" if low else "", *ps))
     return rows
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table for a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = _widths(rows)
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table whose first row is its head."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|" + "---|" * len(rows[0]), *body]
+    """The lines of a table whose first row is its head, readable as they are."""
+    widths = _widths(rows)
+    head, *body = (f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+    return [head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *body]
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
 CAPTIONS = {

@@ -61,7 +61,8 @@ def test_the_reference_pair_is_described():
         "wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's channels "
         "standardised), 2,625,536 parameters",
         "100 of 64 images, 50 per dispatch",
-        "kd           weight at 0, 25, 50, 75, 100 %: 0.00674",
+        "  terms     weight at    0 %      25 %   50 %   75 %   100 %  mean\n            ce           1        1  ",
+        "            kd           0.00674  ",
         "MiB",
     ):
         assert part in text

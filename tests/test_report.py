@@ -43,6 +43,58 @@ def test_curves_are_drawn_from_the_metrics_also_with_gaps(tmp_path):
     assert (tmp_path / "empty.png").exists()
 
 
+def drawn(axes):
+    """What a panel shows: the values of every line by its label."""
+    return {line.get_label(): np.asarray(line.get_ydata(), float).tolist() for line in axes.get_lines()}
+
+
+def test_curves_show_weights_weighted_terms_and_accuracies_where_they_were_written():
+    lines = [
+        {"step": 0, "split": "train", "loss": 2.0, "accuracy": 0.1, "ce/weight": 1.0, "ce/weighted": 2.0},
+        {"step": 1, "split": "train", "loss": 1.0, "accuracy": 0.2, "ce/weight": 0.5, "ce/weighted": 0.5},
+        {"step": 2, "split": "validation", "accuracy": 0.7, "agreement": 0.8},
+    ]
+    weights, terms, accuracy = report.curves(lines).axes
+    assert drawn(weights) == {"ce": [1.0, 0.5]} and drawn(terms) == {"ce": [2.0, 0.5]}
+    assert drawn(accuracy) == {"training batch": [0.1, 0.2], "validation": [0.7], "agreement with teacher": [0.8]}
+    assert [line.get_xdata().tolist() for line in accuracy.get_lines()] == [[0, 1], [2], [2]]
+
+
+def student_of(seed, validation, test, failed=None):
+    return {"seed": seed, "validation": validation, "test_accuracy_last": test, "failed_at_step": failed}
+
+
+def test_the_picture_of_a_comparison_shows_means_bands_schedules_and_every_seed():
+    curve = {"kd": {"curve": [0.0, 0.5, 1.0]}}
+    kd = [student_of(0, [(10, 0.5), (20, 0.7)], 0.8), student_of(1, [(10, 0.3), (20, 0.9)], 0.6)]
+    failed = student_of(2, [(10, 0.0)], None, failed=12)
+    results = {
+        "arms": {
+            "student": {"schedules": {"ce": {"curve": [1.0]}}, "students": [student_of(0, [(10, 0.4)], 0.5)]},
+            "kd": {"schedules": {"ce": {"curve": [1.0]}, **curve}, "students": [*kd, failed]},
+        },
+        "comparison": {"baseline": "student"}, "teacher": "t", "student": "s", "dataset": "d",
+    }  # fmt: skip
+    over_steps, weights, points = report.comparison_figure(results).axes
+    assert drawn(over_steps) == {"student": [0.4], "kd": pytest.approx([0.4, 0.8])}
+    band = over_steps.collections[1].get_datalim(over_steps.transData)
+    spread = np.std([0.5, 0.3], ddof=1)
+    assert (band.x0, band.x1) == (10, 20)
+    assert (band.y0, band.y1) == pytest.approx((0.4 - spread, 0.8 + spread))
+    assert drawn(weights) == {"kd": [0.0, 0.5, 1.0]}
+    places = [(line.get_xdata(), line.get_ydata()) for line in points.get_lines() if line.get_marker() == "o"]
+    assert [(list(x), list(y)) for x, y in places] == [([0.5], [0]), ([0.8, 0.6], [1, 1])]
+
+
+def test_tables_are_aligned_and_no_p_value_is_zero():
+    rows = [("arm", "n"), ("gompertz", "10")]
+    assert report.text_table(rows) == ["arm       n", "gompertz  10"]
+    assert report.markdown_table(rows) == ["| arm      | n  |", "|----------|----|", "| gompertz | 10 |"]
+    difference = {"mean": 0.01, "low": 0.009, "high": 0.011, "p": 4e-7, "p_holm": 0.0012}
+    numbers = {"n": 10, "mean": 0.9, "sd": None, "difference": difference}
+    assert report.comparison_rows({"last": {"a": numbers}}, "last")[1][-2:] == ("<0.001", "0.001")
+
+
 def measured_line(step, seed, ce, kd, cosine, arm="kd"):
     return {
         "step": step, "split": "train", "arm": arm, "seed": seed, "ce/weight": 0.5, "ce/gradient_norm": ce,

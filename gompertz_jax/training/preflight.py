@@ -14,6 +14,7 @@ from ..network import Network, Outputs, PyTree, output_shapes
 from ..objective import Objective, Term, evaluate
 from ..projections import init_projections, project, stage_pairs
 from ..record import Leading, NotStored, Record, StoredOutputs, no_pullback
+from ..report import text_table
 from ..schedules import ByProgress
 from .data import Dataset
 from .errors import RunError
@@ -275,11 +276,7 @@ def describe(
         )
     elif views:
         rows.append(("views", f"{views} of each image"))
-    for term in objective.terms:
-        weights = sampled(term.weight, steps)
-        shown = ", ".join(f"{value:.3g}" for value in corners(weights))
-        of, mean = (" progress", "") if isinstance(term.weight, ByProgress) else ("", f"; mean {weights.mean():.3g}")
-        rows.append(("term", f"{term.name:<12} weight at 0, 25, 50, 75, 100 %{of}: {shown}{mean}"))
+    rows += [("terms", line) for line in text_table(_weights(objective, steps))]
     per_epoch = max(1, len(dataset.train.labels) // batch_size)
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
@@ -291,7 +288,23 @@ def describe(
     memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
-    return "\n".join(f"  {name:<8}  {text}" for name, text in rows)
+    above = ["", *(name for name, _ in rows)]
+    return "\n".join(
+        f"  {'' if name == last else name:<8}  {text}" for (name, text), last in zip(rows, above[:-1], strict=True)
+    )
+
+
+def _weights(objective: Objective, steps: int) -> list[tuple[str, ...]]:
+    """Each term's weight over training, as rows of a table."""
+    rows: list[tuple[str, ...]] = [("weight at", "0 %", "25 %", "50 %", "75 %", "100 %", "mean")]
+    for term in objective.terms:
+        values = sampled(term.weight, steps)
+        shown = [f"{value:.3g}" for value in corners(values)]
+        if isinstance(term.weight, ByProgress):  # no step is known to it, so its mean is not either
+            rows.append((f"{term.name} (of progress)", *shown, ""))
+        else:
+            rows.append((term.name, *shown, f"{values.mean():.3g}"))
+    return rows
 
 
 def _processes() -> str:
