@@ -166,8 +166,15 @@ def _provenance(result: Mapping[str, Any], config: Mapping[str, Any]) -> Iterabl
 
 
 def _plain_rows(values: Mapping[str, Any], without: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Names and values; None and empty ones are left out, shares are in percent as everywhere."""
+
+    def text(key: str, value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.2%}" if {"accuracy", "agreement"} & set(key.split("_")) else f"{value:,.5g}"
+
     return [
-        (key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+        (key.replace("_", " "), text(key, value))
         for key, value in values.items()
         if key not in without and value not in (None, {}, [])
     ]

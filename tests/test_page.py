@@ -64,7 +64,7 @@ def test_a_run_that_is_going_and_then_has_ended(tmp_path):
     result = {"dataset": "digits", "test_accuracy_last": 0.98765, **PROVENANCE}
     write(tmp_path, [*lines, {"step": 20, **TOLD}], result=result)
     words, pictures = of(tmp_path)
-    assert "0.9877" in words and "1.2.3" in words and "Gradient norm" in words and pictures == 3
+    assert "98.77%" in words and "1.2.3" in words and "Gradient norm" in words and pictures == 3
 
 
 def test_a_comparison_has_its_tables_arms_and_telemetry(tmp_path):
