@@ -111,6 +111,24 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
     assert other["comparison"]["baseline"] == "student" and other["arms"] == whole["arms"]
 
 
+def test_a_student_that_fails_is_left_out_and_said_and_the_others_are_as_without_it(compared, tmp_path, capsys):
+    config, workdir, whole = compared
+    shutil.copytree(workdir / "teacher", tmp_path / "teacher")
+    broken = config.copy_and_resolve_references()
+    broken.objective.terms.kd.weight = "linear(start=0, end=3e38)"
+    results = room.compare(config, tmp_path, arms=arms_of(config) | {"broken": broken}, seeds=2)
+    for seed, student in enumerate(results["arms"]["broken"]["students"]):
+        assert student["seed"] == seed and 0 < student["failed_at_step"] < 39
+        assert {key for key, value in student.items() if key.startswith("test_") and value is not None} == set()
+    assert results["comparison"]["last"]["broken"]["n"] == 0
+    assert "Not finite, and left out: broken, seed 0, at step" in (tmp_path / "results.md").read_text()
+    assert "broken/1: the gradient was not finite at step" in capsys.readouterr().out
+    for name, of_arm in whole["arms"].items():
+        for ours, theirs in zip(results["arms"][name]["students"], of_arm["students"], strict=True):
+            assert ours["failed_at_step"] is None
+            assert ours["test_accuracy_last"] == pytest.approx(theirs["test_accuracy_last"], abs=0.006)
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
