@@ -177,6 +177,10 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
     [
         (["--config.recipe.epoch=3"], "there is no key 'epoch'; did you mean 'epochs'?"),
         (["--config.recipe.epochs=many"], "error: flag --config.recipe.epochs=many: invalid literal"),
+        (
+            ["--config.objective.terms.kd.other=1"],
+            "there is no key 'other'; the command line changes keys of the config file, new ones go into the file",
+        ),
         (["--config.objective.terms.other.weight=1"], "error: --config: there is no key 'other'; the command line"),
         (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
         (["stray"], "unexpected argument 'stray'"),

@@ -93,8 +93,8 @@ print([round(float(weight(step)), 3) for step in (0, STEPS // 4, STEPS // 2, STE
 
 
 # %% [markdown]
-# Each loss gives one value per image, and none lets a gradient through to the teacher. The two maps have other widths,
-# so that transport compares what a 1x1 map makes of the student's; it is trained along. Gradient matching takes
+# Each of these losses gives one value per image and lets no gradient through to the teacher. The two maps have other
+# widths, so that transport compares what a 1x1 map makes of the student's; it is trained along. Gradient matching takes
 # functions from images to one score per image.
 
 

@@ -87,10 +87,11 @@ def get_default() -> Config:
                 "curve": "gompertz(displacement=5, rate=8)",
                 # The weights of transport and gradients were measured once on training images and then frozen: see
                 # configs/cifar10_small.py.
-                # NAME: the loss, its weight and its options; docs/losses.md lists them. Without a weight it is the
-                # published one. Weights, temperature and epsilon are schedules in text: a number, a curve such as
-                # "linear(start=8, end=2)", `curve` for the one above, or a product of these.
-                # Every term may have `every_k_steps`: it is then computed at every k-th step only, at the same weight.
+                # NAME: the loss (docs/losses.md), its weight and its options (gompertz_jax/terms.py). Without a weight
+                # it is the published one. Weights, temperature and epsilon are schedules in text: a number, a curve
+                # such as "linear(start=8, end=2)", `curve` for the one above, or sums, differences and products.
+                # Every term but the cross-entropy may have `every_k_steps`: it is then computed at every k-th step
+                # only, at the same weight.
                 "terms": {
                     "ce": {"loss": "cross_entropy", "weight": "1"},
                     "kd": {"loss": "soft_targets", "weight": "1 * curve", "temperature": "4"},

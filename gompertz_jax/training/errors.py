@@ -18,9 +18,11 @@ def first_line(error: Exception) -> str:
 
 def config_error(error: Exception) -> str:
     """One line on a config that cannot be read, or not be changed as the command line says."""
+    if isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):
+        error = error.args[0]  # as ConfigDict wraps it where no other key is like the one that is missing
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if meant := re.search(r'Did you mean "(\S+)" instead of "(\S+)"', text):  # as ConfigDict says it
         text = f"there is no key {meant[2]!r}; did you mean {meant[1]!r}?"
-    elif isinstance(error, KeyError) and text.strip("'").isidentifier():  # all that ConfigDict says
-        text = f"there is no key {text}; the command line changes what the config file has, and adds nothing to it"
+    elif isinstance(error, KeyError) and (name := text.strip("\"'")).isidentifier():  # all that ConfigDict says
+        text = f"there is no key {name!r}; the command line changes keys of the config file, new ones go into the file"
     return f"--config: {text}"
