@@ -76,6 +76,7 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
         assert sorted(path for path in workdir.rglob("*")) == before
     assert f"written to {out}; read again" in capsys.readouterr().out
     program = jax.export.deserialize(bytearray((out / "student.stablehlo").read_bytes()))
+    assert set(program.platforms) == {"cpu", "cuda", "rocm", "tpu"}
     images, network = images_of(dataset.train, 5), networks[27]  # the newest, whose average is what is evaluated
     given = images if fold else (images - network.mean) / network.std
     for count in (1, 5):
