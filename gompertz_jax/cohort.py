@@ -40,6 +40,7 @@ from .training.data import Dataset, of_config
 from .training.drive import Driven, Plan, Program, Snapshot, drive
 from .training.errors import RunError
 from .training.feed import Feed, Images
+from .training.files import read_json
 from .training.fit import Best, make_snapshot, projections_key, teacher_outputs
 from .training.loop import Teacher, described, obtain_teacher, order_seed, student_seed, teacher_shapes
 from .training.objectives import build_objective, corners, sampled
@@ -48,7 +49,7 @@ from .training.reader import StudentMetrics
 from .training.sharding import check_batch, data_mesh, on_main, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, read_card
-from .training.workdir import check_data, claim_workdir, frozen
+from .training.workdir import CONFIG, check_data, claim_workdir, frozen
 from .training.writer import METRICS, read_metrics
 
 
@@ -102,6 +103,13 @@ class Cohort(NamedTuple):
             "layout": layout,
         }
         return cls(config, arms, tuple(config.seed + i for i in range(seeds)), layout, content)
+
+    def in_order_of(self, names: Sequence[str]) -> "Cohort":
+        """The same with its arms in this order; none: as they are."""
+        if not names:
+            return self
+        arms, objectives = ({name: of[name] for name in names} for of in (self.arms, self.content["arms"]))
+        return self._replace(arms=arms, content=self.content | {"arms": objectives})
 
 
 class Student(NamedTuple):
@@ -202,8 +210,14 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[li
     return found
 
 
+def _arms_of(workdir: Path) -> list[str]:
+    """The arms of a workdir in the order of its first start: its checkpoints know students by their place only."""
+    return list(read_json(workdir / CONFIG)["arms"]) if (workdir / CONFIG).exists() else []
+
+
 def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     """Train every arm with every seed, resuming from the newest checkpoint."""
+    cohort = cohort.in_order_of(on_main(lambda: _arms_of(workdir)))
     config, content, mesh = cohort.config, cohort.content, data_mesh()
     sharing = mesh.size if divides(cohort.layout) else 1  # the devices that share a batch
     check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")

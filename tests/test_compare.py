@@ -102,8 +102,10 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
     with pytest.raises(Stopped):
         room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
     assert not (tmp_path / "results.json").exists()
-    again = room.compare(config, tmp_path, arms=arms_of(config), seeds=2)
+    reversed_arms = dict(reversed(arms_of(config).items()))  # which change nothing: a name is a name
+    again = room.compare(config, tmp_path, arms=reversed_arms, seeds=2)
     assert "resumes from step 21 of 39" in capsys.readouterr().out
+    assert list(again["arms"]) == list(whole["arms"])
     assert again["arms"] == whole["arms"] and again["comparison"] == whole["comparison"]
     assert differences_of_metrics(tmp_path, workdir) == []
     # The same command once more reads what is there; another baseline is told without training.
