@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .training.config import Config
 from .training.errors import RunError
+from .training.objectives import switched_off
 
 STUDENT = "student"  # the arm without a teacher, which every comparison has
 
@@ -113,15 +114,15 @@ def _changed(config: Config, name: str, change: Arm) -> Config:
         if loss == "cross_entropy":
             if change.cross_entropy:
                 terms[key].weight = change.cross_entropy
-        elif change.keeps is not None and loss not in change.keeps:
+        elif (change.keeps is not None and loss not in change.keeps) or switched_off(terms[key].to_dict()):
             del terms[key]
         elif loss in SCORES and change.scores:
             terms[key].weight = change.scores
     kept = {spec.loss for spec in terms.values()}
     for family, what in ((SCORES, "class scores"), (TRANSPORT, "transport"), (GRADIENTS, "gradients")):
         if change.keeps is not None and family & change.keeps and not family & kept:
-            raise RunError(f"the arm {name!r} keeps terms of {what}, and the config's objective has none")
-    scores = [key for key, spec in config.objective.terms.items() if spec.loss in SCORES and spec.get("weight") != "0"]
+            raise RunError(f"the arm {name!r} keeps terms of {what}; the config's objective has none, or at weight 0")
+    scores = [key for key, spec in terms.items() if spec.loss in SCORES]
     if change.scores and len(scores) > 1:
         raise RunError(
             f"the arm {name!r} shares one weight between the cross-entropy and one term on class scores, and there are "

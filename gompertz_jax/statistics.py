@@ -75,7 +75,9 @@ def paired_difference(
     pairs = [(a, b) for a, b in zip(values, baseline, strict=True) if a is not None and b is not None]
     differences = np.array([a - b for a, b in pairs], np.float64)
     mean, spread, n = summary(list(differences))
-    if mean is None or not spread:
+    # Differences that are equal may differ by the rounding of the fractions that they are differences of.
+    rounding = 4 * np.finfo(np.float64).eps * max((abs(number) for pair in pairs for number in pair), default=0.0)
+    if mean is None or spread is None or np.ptp(differences) <= rounding:
         return Difference(mean, None, None, None, n)
     error = spread / np.sqrt(n)
     reach = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * error)

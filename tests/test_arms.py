@@ -68,6 +68,25 @@ def test_an_arm_that_the_config_cannot_give_is_refused():
         with pytest.raises(RunError, match=f"the arm '{name}' shares one weight .* there are 2: kd, other; leave"):
             arm(config, name)
     arm(config, "constant")
+
+
+def test_a_term_that_the_config_switched_off_stays_off(weights):
+    """Whether its weight is written as 0 or comes out as 0; only a curve of 0 may be another in another arm."""
+    for off in ("0", "0.0", "0 * curve", "curve - curve"):
+        config = get_default()
+        config.objective.terms.other = {"loss": "decoupled", "weight": off}
+        for name in ("kd", "budget", "gompertz", "full"):
+            built = build_objective(arm(config, name), STEPS).terms
+            assert {term.name for term in built} == set(weights[name]), (name, off)
+            for term in built:
+                np.testing.assert_allclose(sampled(term.weight, STEPS), weights[name][term.name], rtol=1e-6)
+        del config.objective.terms["other"]
+        config.objective.terms.kd.weight = off
+        with pytest.raises(RunError, match=r"'kd' keeps terms of class scores; .* has none, or at weight 0"):
+            arm(config, "kd")
+    config = get_default()
+    config.objective.curve = "0"
+    assert {term.name for term in build_objective(arm(config, "constant"), STEPS).terms} == {"ce", "kd"}
     del config.objective.terms["wasserstein"]
     with pytest.raises(RunError, match="the arm 'transport' keeps terms of transport"):
         arm(config, "transport")

@@ -33,6 +33,17 @@ def test_what_has_no_spread_has_no_interval(values, baseline, expected):
     assert paired_difference(values, baseline) == expected
 
 
+def test_equal_differences_of_accuracies_have_no_spread_whatever_their_rounding():
+    """Fractions of 359 images that differ by the same count: their differences differ in the last bit."""
+    for _ in range(200):
+        ours = RNG.integers(200, 350, 3)
+        found = paired_difference(list((ours + 2) / 359), list(ours / 359))
+        assert found[1:] == (None, None, None, 3)
+        assert found.mean == pytest.approx(2 / 359)
+    almost = paired_difference([301 / 359, 302 / 359, 303 / 359], [300 / 359, 300 / 359, 301 / 359])
+    assert almost.p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 2.0], 0.0).pvalue)
+
+
 def test_pairs_must_match():
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_difference([1.0, 2.0], [1.0])

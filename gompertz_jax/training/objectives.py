@@ -248,6 +248,21 @@ def build_objective(config: Config, total_steps: int) -> Objective:
     return Objective(tuple(built), projections, progress)
 
 
+def switched_off(spec: Mapping[str, Any]) -> bool:
+    """Whether a term's own weight is 0 throughout, whatever the objective's curve is.
+
+    Raises:
+      RunError: the weight is no schedule.
+    """
+    loss = LOSSES.get(spec["loss"])
+    text = spec.get("weight", loss.weight if loss else "")
+    if text == "":
+        return False  # and refused where the objective is built
+    steps = 100  # of which the number does not matter
+    ramp, even = schedules.linear_schedule(steps), schedules.constant_schedule(1.0)
+    return not sampled(parse_schedule(text, steps, curve=ramp, rate=even), steps).any()
+
+
 def _term(
     name: str,
     spec: Mapping[str, Any],
