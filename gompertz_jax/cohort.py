@@ -42,14 +42,22 @@ from .training.errors import RunError
 from .training.feed import Feed, Images
 from .training.files import read_json
 from .training.fit import Best, make_snapshot, projections_key, teacher_outputs
-from .training.loop import Teacher, described, obtain_teacher, order_seed, student_seed, teacher_shapes
+from .training.loop import (
+    Teacher,
+    described,
+    evaluated_otherwise,
+    obtain_teacher,
+    order_seed,
+    student_seed,
+    teacher_shapes,
+)
 from .training.objectives import build_objective, corners, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
 from .training.reader import StudentMetrics
 from .training.sharding import check_batch, data_mesh, on_main, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, read_card
-from .training.workdir import CONFIG, check_data, claim_workdir, frozen
+from .training.workdir import CONFIG, begun_with, check_data, claim_workdir, frozen
 from .training.writer import METRICS, read_metrics
 
 
@@ -141,6 +149,7 @@ class Trained(NamedTuple):
     plan: Plan
     schedules: Mapping[str, Any]
     mesh: Mesh
+    evaluation_changes: list[str]
 
     def results(self, workdir: Path, tested: Tested | None = None) -> dict[str, Any]:
         """What is known about all students; without `tested`, nothing about the test images."""
@@ -193,6 +202,7 @@ class Trained(NamedTuple):
             "arms": listed,
             "pulls": report.pulls({name: list(self.schedules[name]) for name in cohort.arms}, lines),
             "config": cohort.content,
+            "evaluation_changes": self.evaluation_changes,
             "timing": {
                 "train_seconds": round(self.driven.clock.total_seconds, 3),
                 "teacher_seconds": round(self.teacher.seconds, 3) if self.teacher else 0.0,
@@ -223,7 +233,8 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    plan = Plan.of(config.recipe, config, len(dataset.train.labels))
+    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
+    plan = Plan.of(config.recipe, config, len(dataset.train.labels), begun=begun)
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in cohort.arms.items()}
     distils = any(term.distils for objective in objectives.values() for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
@@ -250,6 +261,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     keep_compiled(config.compilation_cache)
     networks = [network_from(content["student"], dataset, seed=student_seed(seed)) for seed in cohort.seeds]
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
+    changes = evaluated_otherwise(workdir, content)
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     names = list(cohort.arms)
@@ -274,7 +286,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
         stop=stop,
         views=config.teacher.cache.views,
     )
-    return Trained(cohort, students, networks[0], groups, driven, dataset, teacher, plan, schedules, mesh)
+    return Trained(cohort, students, networks[0], groups, driven, dataset, teacher, plan, schedules, mesh, changes)
 
 
 def _program(

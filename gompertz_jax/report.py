@@ -348,11 +348,15 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
     shown = _most_common_term(results)
     for number, (name, arm) in enumerate(arms.items()):
         look = line_of(number)
-        whole = [student["validation"] for student in arm["students"] if student["failed_at_step"] is None]
-        if whole and all(whole):
-            steps = [step for step, _ in whole[0]]
-            values = np.array([[accuracy for _, accuracy in curve] for curve in whole])
-            mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+        at: dict[int, list[float]] = {}
+        for student in arm["students"]:
+            if student["failed_at_step"] is None:
+                for step, accuracy in student["validation"]:
+                    at.setdefault(step, []).append(accuracy)
+        if at:
+            steps = sorted(at)  # at some of which lines may be lost, so that not every student has a value
+            found = [summary(at[step]) for step in steps]
+            mean, spread = (np.array([getattr(one, name) or 0.0 for one in found]) for name in ("mean", "sd"))
             over_steps.plot(steps, mean, label=name, linewidth=1.2, **look)
             over_steps.fill_between(steps, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
         if (numbers := arm["schedules"].get(shown)) is not None:

@@ -131,6 +131,23 @@ def test_a_student_that_fails_is_left_out_and_said_and_the_others_are_as_without
             assert ours["test_accuracy_last"] == pytest.approx(theirs["test_accuracy_last"], abs=0.006)
 
 
+def test_a_comparison_ends_also_where_lines_were_lost_and_says_how_it_was_evaluated(compared, tmp_path):
+    """The tail of metrics.jsonl is lost in the middle of an evaluation, when training is over."""
+    config, workdir, whole = compared
+    shutil.copytree(workdir, tmp_path / "copy")
+    (tmp_path / "copy" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "27")  # which could write the lines again
+    metrics = tmp_path / "copy" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-2]))
+    rarely = config.copy_and_resolve_references()
+    rarely.evaluate_every_epochs = 3
+    results = room.compare(rarely, tmp_path / "copy", arms=arms_of(rarely), seeds=2)
+    assert results["evaluation_changes"] == ["evaluate_every_epochs: 1 -> 3"] and whole["evaluation_changes"] == []
+    lengths = [len(student["validation"]) for arm in results["arms"].values() for student in arm["students"]]
+    assert sorted(lengths) == [2, 2, 3, 3, 3, 3]
+    assert results["comparison"] == whole["comparison"]
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [

@@ -34,6 +34,18 @@ def test_dispatches_divide_the_steps_and_evaluation_follows_the_epochs():
         assert plan.evaluates_at(plan.steps)
 
 
+def test_a_dispatch_ends_at_every_evaluation_of_a_small_set():
+    """500 images make 7 steps an epoch: a dispatch of 35 would pass over four evaluations."""
+    config = tiny_config(steps_per_dispatch=50, **{"recipe.batch_size": 64, "recipe.epochs": 10})
+    plan = drive.Plan.of(config.recipe, config, 500)
+    assert plan.steps_per_dispatch == 7
+    assert [step for step in range(7, 71, 7) if plan.evaluates_at(step)] == list(range(7, 71, 7))
+    config.evaluate_every_epochs = 5
+    assert drive.Plan.of(config.recipe, config, 500).steps_per_dispatch == 35
+    again = drive.Plan.of(config.recipe, config, 500, begun=1)  # the program is that of the first start
+    assert again.steps_per_dispatch == 7 and [step for step in range(7, 71, 7) if again.evaluates_at(step)] == [35, 70]
+
+
 def linear_apply(params, stats, images, *, train, key=None):
     pooled = images.reshape(images.shape[0], -1)
     return gj.Outputs(pooled @ params, (images,), pooled), stats

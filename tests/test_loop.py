@@ -120,7 +120,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(finished):
         loop.train_and_evaluate(run_config(**{"seed": 1, "recipe.epochs": 4}), workdir)
 
 
-def test_a_trained_network_teaches_another_run(finished, tmp_path):
+def test_a_trained_network_teaches_another_run(finished, tmp_path, capsys):
     """From the workdir of a run (its student) or from its teacher's; the same seed gives the same student."""
     workdir, result = finished
     again = loop.train_and_evaluate(run_config(**{"teacher.dir": str(workdir / "teacher")}), tmp_path / "a")
@@ -134,6 +134,9 @@ def test_a_trained_network_teaches_another_run(finished, tmp_path):
     assert student["teacher_test_accuracy"] == result["test_accuracy_best"]
     assert student["test_accuracy_best"] is None
     assert student["evaluated_weights"] == "moving average"
+    # No image was held out, so nothing is known of the teacher but what it says of images it was trained on.
+    assert student["teacher_validation_accuracy"] is None and result["teacher_validation_accuracy"] > 0
+    assert "on training images, as none are held out" in capsys.readouterr().out
 
 
 def test_a_student_alone_needs_no_teacher_and_a_batch_must_fit_the_data(tmp_path):

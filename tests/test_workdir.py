@@ -35,8 +35,17 @@ def test_a_config_older_than_a_key_has_it_at_its_default(tmp_path):
         with pytest.raises(RunError, match=re.escape("Changed: data.image_size: 0 -> 8")):
             room.check_workdir(tmp_path / name, {**content, "data": {**content["data"], "image_size": 8}})
     assert room.evaluation_changes(tmp_path / "run", room.frozen(tiny_config())) == []
+    assert room.begun_with(tmp_path / "run", "evaluate_every_epochs") == 1
+    assert room.begun_with(tmp_path / "none", "evaluate_every_epochs") is None
     alone = {"objective": {"terms": {"ce": {"loss": "cross_entropy"}}}}
     assert room.with_defaults(alone)["objective"]["terms"] == alone["objective"]["terms"]
+
+
+def test_every_change_of_evaluation_is_kept_also_when_it_is_taken_back(tmp_path):
+    once, thrice = (room.frozen(tiny_config(evaluate_every_epochs=every)) for every in (1, 3))
+    room.claim_workdir(tmp_path, once)
+    found = [room.evaluation_changes(tmp_path, content) for content in (once, thrice, once)]
+    assert found == [[], ["evaluate_every_epochs: 1 -> 3"], ["evaluate_every_epochs: 1 -> 3"]]
 
 
 def test_checkpoints_without_a_config_and_unreadable_configs_are_refused(tmp_path):

@@ -46,8 +46,21 @@ class Plan(NamedTuple):
     evaluate_every: int
 
     @classmethod
-    def of(cls, recipe: Config, config: Config, count: int, *, where: str = "recipe") -> "Plan":
-        """The plan of `recipe` for `count` images; its steps are a multiple of a dispatch's, so one program serves all.
+    def of(
+        cls, recipe: Config, config: Config, count: int, *, where: str = "recipe", begun: int | None = None
+    ) -> "Plan":
+        """The plan of `recipe` for `count` images.
+
+        A dispatch divides the steps, so that one program serves all, and is no longer than what is between two
+        evaluations.
+
+        Args:
+          recipe: how one network is trained.
+          config: the whole experiment's.
+          count: training images.
+          where: the recipe's key, for messages.
+          begun: `evaluate_every_epochs` at the first start, if that was another one: a dispatch of another length is
+            another program, whose bits differ.
 
         Raises:
           RunError: the batch is larger than the training set, or the steps are more than MOST_STEPS.
@@ -62,7 +75,8 @@ class Plan(NamedTuple):
             raise RunError(
                 f"{where}.epochs = {recipe.epochs:,} of {per_epoch:,} steps exceed {MOST_STEPS:,} steps: take fewer"
             )
-        dispatch = next(n for n in range(min(config.steps_per_dispatch, steps), 0, -1) if steps % n == 0)
+        longest = min(config.steps_per_dispatch, steps, per_epoch * (begun or config.evaluate_every_epochs))
+        dispatch = next(n for n in range(longest, 0, -1) if steps % n == 0)
         return cls(steps, per_epoch, dispatch, per_epoch * config.evaluate_every_epochs)
 
     def evaluates_at(self, step: int) -> bool:

@@ -32,6 +32,7 @@ from .sharding import check_batch, data_mesh, on_main, say, together
 from .stop import Stop
 from .teacher import (
     gate,
+    judged_on,
     load_network,
     network_card,
     network_fault,
@@ -40,7 +41,16 @@ from .teacher import (
     read_card,
     save_network,
 )
-from .workdir import check_data, check_workdir, claim_workdir, evaluation_changes, frozen, provenance, sole_use
+from .workdir import (
+    begun_with,
+    check_data,
+    check_workdir,
+    claim_workdir,
+    evaluation_changes,
+    frozen,
+    provenance,
+    sole_use,
+)
 from .writer import read_metrics
 
 RESULT, TEACHER_RESULT = "result.json", "teacher.json"
@@ -120,7 +130,8 @@ def _run(
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    plan = Plan.of(config.recipe, config, len(dataset.train.labels))
+    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
+    plan = Plan.of(config.recipe, config, len(dataset.train.labels), begun=begun)
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
@@ -130,10 +141,7 @@ def _run(
     if config.init_from:
         student = begun_from(Path(config.init_from).expanduser(), student)
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
-    changes = on_main(lambda: evaluation_changes(workdir, content))
-    if changes:
-        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
-
+    changes = evaluated_otherwise(workdir, content)
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     say(f"training the student {config.student.model}: {plan.steps:,} steps of {config.recipe.batch_size} images")
@@ -179,6 +187,14 @@ def _run(
     result = on_main(lambda: conclude(workdir, result))
     say(report.result_card(result, workdir))
     return result
+
+
+def evaluated_otherwise(workdir: Path, content: Mapping[str, Any]) -> list[str]:
+    """`evaluation_changes`, which are also told."""
+    changes = on_main(lambda: evaluation_changes(workdir, content))
+    if changes:
+        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
+    return changes
 
 
 def begun_from(directory: Path, student: Network) -> Network:
@@ -276,7 +292,7 @@ class Teacher(NamedTuple):
 
     network: Network
     name: str
-    validation_accuracy: float
+    validation_accuracy: float | None
     seconds: float
 
 
@@ -308,8 +324,9 @@ def obtain_teacher(
         with sole_use(origin):
             network, seconds = trained_teacher(config, content, dataset, data, origin, mesh, stop)
     accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
-    say(f"teacher {name} ({origin}): accuracy {accuracy:.2%} on the held-out images")
-    return Teacher(network, name, accuracy, seconds)
+    say(f"teacher {name} ({origin}): accuracy {accuracy:.2%} on {judged_on(dataset)}")
+    # That on training images is no measure of a teacher, and is not recorded as one.
+    return Teacher(network, name, accuracy if dataset.validation is not None else None, seconds)
 
 
 def _teacher_directory(config: Config) -> Path:
@@ -349,7 +366,8 @@ def trained_teacher(
         return load_network(workdir), card["timing"]["train_seconds"]
     on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
-    plan = Plan.of(recipe, config, len(dataset.train.labels), where="teacher.recipe")
+    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
+    plan = Plan.of(recipe, config, len(dataset.train.labels), where="teacher.recipe", begun=begun)
     say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
     fitted = fit(
         config,

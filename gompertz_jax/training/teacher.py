@@ -148,7 +148,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
                 f"the teacher of {origin} is broken: {broken:,} of {leaf.size:,} numbers of "
                 f"{jax.tree_util.keystr(path)} are NaN or infinite; train it again, or give another teacher.dir"
             )
-    split = held_out(dataset)
+    split, images = held_out(dataset), judged_on(dataset)
     evaluate = make_eval_step(mesh=mesh)
 
     def accuracy_of(network: Network) -> float:
@@ -166,7 +166,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
         if otherwise > accuracy + OTHER_NORMALISATION:
             own, data = (f"mean {np.round(mean, 4)}, std {np.round(std, 4)}" for mean, std in (normalised, usual))
             raise RunError(
-                f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images with its own normalisation "
+                f"the teacher of {origin} classifies {accuracy:.1%} of {images} with its own normalisation "
                 f"({own}) and {otherwise:.1%} with that of {dataset.name} ({data}): its own is not the one that it was "
                 f"trained with; put the right mean and std into its {CARD}"
             )
@@ -175,13 +175,13 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
     # Untrained networks reach up to twice the chance on a hundred images; with two classes that would be everything.
     if accuracy <= min(2 * chance, chance + 0.15 * (1 - chance)):
         raise RunError(
-            f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, and guessing {chance:.1%}: "
+            f"the teacher of {origin} classifies {accuracy:.1%} of {images}, and guessing {chance:.1%}: "
             f"its weights are untrained, or its classes are in another order than those of {dataset.name}; train it "
             "longer (teacher.recipe.epochs) in another --workdir, or give a teacher.dir with a network trained on it"
         )
     if accuracy < floor:
         raise RunError(
-            f"the teacher of {origin} classifies {accuracy:.1%} of the held-out images, under the floor "
+            f"the teacher of {origin} classifies {accuracy:.1%} of {images}, under the floor "
             f"teacher.min_accuracy = {floor:.1%}: lower the floor, or train a better one with another --workdir"
         )
     return accuracy
@@ -192,3 +192,8 @@ def held_out(dataset: Dataset) -> Split:
     if dataset.validation is not None:
         return dataset.validation
     return Split(dataset.train.images[:GATE_IMAGES], dataset.train.labels[:GATE_IMAGES])
+
+
+def judged_on(dataset: Dataset) -> str:
+    """Which images `held_out` gives, in words."""
+    return "the held-out images" if dataset.validation is not None else "training images, as none are held out"

@@ -19,7 +19,7 @@ from .errors import RunError
 from .files import read_json, write_json, writing
 from .sharding import on_main, say
 
-CONFIG, DATA, LOCK = "config.json", "data.json", "lock"
+CONFIG, DATA, CHANGES, LOCK = "config.json", "data.json", "evaluation_changes.json", "lock"
 
 
 def frozen(config: Config) -> dict[str, Any]:
@@ -65,12 +65,24 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
 
 
+def begun_with(workdir: Path, key: str) -> Any:
+    """What a key of the config was at the first start; None before it."""
+    return with_defaults(read_json(workdir / CONFIG))[key] if (workdir / CONFIG).exists() else None
+
+
 def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
-    """What differs from the run's first start in how it is evaluated; results record it."""
+    """What differs, or at an earlier start differed, from the first start in how a run is evaluated.
+
+    Results record it, so it is kept in the workdir.
+    """
     keys = ("evaluate_every_epochs", "teacher")
     both = (with_defaults(config) for config in (read_json(workdir / CONFIG), content))
     old, new = ({key: config[key] for key in keys} for config in both)
-    return differing_keys(old, new, without=())
+    earlier = read_json(workdir / CHANGES)["changes"] if (workdir / CHANGES).exists() else []
+    changes = list(dict.fromkeys([*earlier, *differing_keys(old, new, without=())]))
+    if changes != earlier:
+        write_json(workdir / CHANGES, {"changes": changes})
+    return changes
 
 
 def check_data(workdir: Path, name: str, sha256: str) -> None:
