@@ -1,6 +1,7 @@
 """What the schedules of a config will do, in numbers and pictures, before anything is trained."""
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from .schedules import ByProgress
 from .training.check_config import PREVIEWED, check_config
 from .training.config import Config
 from .training.data import IMAGES
-from .training.objectives import PARTS, build_objective, corners, parse_schedule, sampled
+from .training.objectives import PARTS, build_objective, corners, doubts_of_weight, parse_schedule, sampled
 from .training.optim import rate_by_step
 
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
@@ -45,19 +46,22 @@ class Reading(NamedTuple):
 
 def read(values: np.ndarray, rates: np.ndarray) -> Reading:
     """What a schedule does, from its value and the learning rate at every step."""
-    last, change = len(values) - 1, np.diff(values)
+    # Between two of a hundred thousand steps a schedule changes by little more than its rounding.
+    stride = max(1, len(values) // PREVIEWED)
+    change = np.diff(values[::stride])
     noise = 1e-6 * max(np.abs(values).max(), 1e-30)  # float32 rounds
     rises, falls = bool((change > noise).any()), bool((change < -noise).any())
     direction = {(True, True): "turns", (True, False): "rises", (False, True): "falls"}.get((rises, falls), "constant")
     speed = np.abs(change)
     fastest = np.flatnonzero(speed >= speed.max() - noise) if direction != "constant" else np.array([0])
-    inner = direction != "constant" and fastest[0] > 0 and fastest[-1] < last - 1 and np.ptp(fastest) < 0.05 * last
+    last = len(change) - 1
+    inner = direction != "constant" and fastest[0] > 0 and fastest[-1] < last and np.ptp(fastest) < 0.05 * last
     return Reading(
         corners=corners(values),
         area=float(values.mean()),
-        weighted_area=float((values * rates).sum() / rates.sum()),
+        weighted_area=float((values * rates).sum() / rates.sum()) if rates.any() else float(values.mean()),
         direction=direction,
-        steepest=float(fastest.mean() + 0.5) / last if inner else None,
+        steepest=float(fastest.mean() + 0.5) * stride / len(values) if inner else None,
     )
 
 
@@ -85,23 +89,27 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
 
     Returns:
       The values and their readings, with warnings: a curve that is saturated before 5 % of training or never passes
-      half of its asymptote, a rate that looks like one per epoch, an area that is not the control's.
+      half of its asymptote, a rate that looks like one per epoch, a negative weight, an area that is not the control's.
 
     Raises:
       RunError: a value or a schedule of the config that a run would refuse.
     """
     check_config(config)
-    rate = rate_by_step(config.recipe, PREVIEWED)
-    rates = np.asarray(rate(np.arange(PREVIEWED)))
+    known = _steps(config)
+    steps = known or PREVIEWED
+    rate = rate_by_step(config.recipe, steps)
+    rates = np.asarray(rate(np.arange(steps)))
     schedules: dict[str, Any] = {
-        "curve": parse_schedule(config.objective.curve, PREVIEWED, rate=rate, where="objective.curve")
+        "curve": parse_schedule(config.objective.curve, steps, rate=rate, where="objective.curve")
     }
-    for term in build_objective(config, PREVIEWED).terms:
+    terms = build_objective(config, steps).terms
+    for term in terms:
         schedules[term.name] = term.weight
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
-    values = {name: sampled(schedule, PREVIEWED) for name, schedule in schedules.items()}
+    values = {name: sampled(schedule, steps) for name, schedule in schedules.items()}
     readings = {name: read(value, rates) for name, value in values.items()}
     warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs, rate))
+    warnings += [text for term in terms for text in doubts_of_weight(term.name, values[term.name])]
     if control is not None:
         for name, theirs in preview(control).readings.items():
             ours = readings.get(name)
@@ -118,7 +126,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
         frozenset(name for name, schedule in schedules.items() if isinstance(schedule, ByProgress)),
         warnings,
         config.recipe.epochs,
-        _steps(config),
+        known,
     )
 
 
@@ -131,7 +139,7 @@ def _steps(config: Config) -> int | None:
     return recipe.epochs * (images // recipe.batch_size) or None
 
 
-def _asymptote(text: str, rate: Any) -> float:
+def _asymptote(text: str, steps: int, rate: Any) -> float:
     """What a curve would reach if training continued: its largest value with the curves in it at their asymptotes."""
     tree = ast.parse(str(text), mode="eval")
 
@@ -147,8 +155,8 @@ def _asymptote(text: str, rate: Any) -> float:
             finish(inner)
 
     finish(tree)
-    endless = parse_schedule(ast.unparse(tree), PREVIEWED, rate=rate, where="objective.curve")
-    return float(sampled(endless, PREVIEWED).max())
+    endless = parse_schedule(ast.unparse(tree), steps, rate=rate, where="objective.curve")
+    return float(sampled(endless, steps).max())
 
 
 def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:
@@ -159,7 +167,7 @@ def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: 
     early = round(EARLY * (len(values) - 1))
     if reading.direction == "rises" and values[early] > SATURATED * top:
         yield f"curve: {values[early] / top:.0%} of its largest value is reached before {EARLY:.0%} of training"
-    asymptote = _asymptote(text, rate)
+    asymptote = _asymptote(text, len(values), rate)
     if top < HALF * asymptote:
         yield f"curve: never passes half of its asymptote of {asymptote:.3g}; its largest value is {top:.3g}"
     for call in ast.walk(ast.parse(str(text), mode="eval")):
@@ -181,26 +189,27 @@ WIDTH, HEIGHT = 60, 8
 
 
 def as_text(shown: Preview) -> str:
-    """The pictures and the table of a preview; schedules that differ by a factor share a picture."""
+    """The pictures and the table of a preview; schedules that differ by a factor share one, which shows percentages."""
     lines = []
     for names, values in _shapes(shown):
+        largest = {f"{shown.values[name].max():.3g}" for name in names}
         progress = " (by progress, drawn as if that went with the clock)" if names[0] in shown.by_progress else ""
-        lines += [", ".join(names) + progress, *_picture(values), ""]
+        lines += [", ".join(names) + progress, *_picture(values, of_largest=len(largest) > 1), ""]
     rows: list[tuple[str, ...]] = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
     for name, reading in shown.readings.items():
         numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
         steepest = "" if reading.steepest is None else _place(reading.steepest, shown, name in shown.by_progress)
         rows.append((name, *numbers, reading.direction, steepest))
     lines += report.text_table(rows)
-    steps = "" if shown.steps is None else f", {shown.steps:,} steps"
-    lines += ["", f"mean: over all steps of {shown.epochs} epochs{steps}; by rate: weighted by the learning rate"]
+    sample = f"{PREVIEWED:,} points" if shown.steps is None else f"{shown.steps:,} steps"
+    lines += ["", f"mean: over {sample} of {shown.epochs} epochs; by rate: weighted by the learning rate"]
     return "\n".join([*lines, *(f"warning: {text}" for text in shown.warnings)])
 
 
 def _place(part: float, shown: Preview, by_progress: bool) -> str:
     if by_progress:
         return f"at {part:.1%} of the progress"
-    step = "" if shown.steps is None else f", step {round(part * shown.steps):,}"
+    step = "" if shown.steps is None else f", step {math.ceil(part * shown.steps - 1e-6):,}"  # the first one past it
     return f"at {part:.1%}, epoch {part * shown.epochs:.1f}{step}"
 
 
@@ -221,14 +230,15 @@ def _shapes(shown: Preview) -> list[tuple[list[str], np.ndarray]]:
     return found
 
 
-def _picture(values: np.ndarray) -> list[str]:
-    """Columns of an eighth of a line, from 0 (or the least value) to the largest."""
+def _picture(values: np.ndarray, *, of_largest: bool) -> list[str]:
+    """Columns of an eighth of a line, from 0 (or the least value) to the largest, or to 100 % of it."""
     columns = values[np.linspace(0, len(values) - 1, WIDTH).round().astype(int)]
     low, high = min(0.0, float(columns.min())), max(float(columns.max()), 1e-30)
     eighths = np.rint((columns - low) / (high - low) * HEIGHT * 8).astype(int)
+    top, bottom = ("100 %", f"{100 * low / high:.3g} %") if of_largest else (f"{high:.3g}", f"{low:.3g}")
     rows = []
     for row in reversed(range(HEIGHT)):
-        label = f"{high:.3g}" if row == HEIGHT - 1 else f"{low:.3g}" if row == 0 else ""
+        label = top if row == HEIGHT - 1 else bottom if row == 0 else ""
         rows.append(f"{label:>8} ┤" + "".join(BARS[min(max(count - 8 * row, 0), 8)] for count in eighths).rstrip())
     return rows
 

@@ -42,6 +42,29 @@ def test_the_default_curve_is_read_in_closed_form():
     assert shown.warnings == []
 
 
+def test_the_numbers_are_those_of_the_run_s_own_steps():
+    """Of few steps the mean is another one: the last of n steps is (n - 1) / n of training."""
+    short = config(**{"recipe.epochs": 2, "recipe.batch_size": 64})
+    shown = room.preview(short)
+    steps = 2 * ((1438 - short.data.validation) // 64)
+    assert shown.steps == steps and all(len(values) == steps for values in shown.values.values())
+    mean = np.exp(-5 * np.exp(-8 * np.arange(steps) / steps)).mean()
+    np.testing.assert_allclose(shown.readings["curve"].area, mean, rtol=1e-5)
+    assert abs(mean - (exp1(5 * np.exp(-8)) - exp1(5)) / 8) > 0.01
+    assert f"mean: over {steps} steps of 2 epochs" in room.as_text(shown)
+    assert "mean: over 1,000 points" in room.as_text(shown._replace(steps=None))
+
+
+def test_a_picture_of_several_schedules_is_in_percent_and_a_negative_weight_is_told():
+    shown = room.preview(
+        config(**{"objective.terms.wasserstein.weight": "0.5", "objective.terms.gradient.weight": "0"})
+    )
+    assert room.as_text(shown).splitlines()[1].startswith(f"{shown.values['curve'].max():>8.3g} ┤")  # of curve and kd
+    shown = room.preview(config(**{"objective.terms.kd.weight": "-2 * curve"}))
+    assert "kd: the weight is -0.0135 at step 0; below 0 the term is made larger, not smaller" in shown.warnings
+    assert "   100 % ┤" in room.as_text(room.preview(config()))
+
+
 @pytest.mark.parametrize(
     ("curve", "direction", "steepest"),
     [
@@ -90,7 +113,7 @@ def test_doubtful_curves_are_told_and_others_are_not(curve, warning):
 
 def test_the_steepest_point_is_told_as_an_epoch_and_as_a_step_where_the_size_is_known():
     digits = config()  # 1,438 images less 100 that are held out, batches of 96: 13 steps an epoch
-    assert f"at 20.1%, epoch 8.0, step {round(np.log(5) / 8 * 520)}\n" in room.as_text(room.preview(digits))
+    assert f"at 20.1%, epoch 8.0, step {np.ceil(np.log(5) / 8 * 520):.0f}\n" in room.as_text(room.preview(digits))
     part = config(**{"data.train_images": 200})
     assert room.preview(part).steps == 80
     own = config(**{"data.name": "arrays:images.npz"})

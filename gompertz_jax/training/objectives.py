@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -194,6 +194,13 @@ def sampled(schedule: Schedule | ByProgress, total_steps: int) -> np.ndarray:
     steps = np.arange(total_steps)
     values = schedules.value_at(schedule, steps, np.linspace(0.0, 1.0, total_steps, dtype=np.float32))
     return np.broadcast_to(np.asarray(values), (total_steps,))
+
+
+def doubts_of_weight(term: str, values: np.ndarray) -> Iterator[str]:
+    """What of a term's weights at every step is a mistake more often than not."""
+    if (values < 0).any():
+        step = int(np.argmax(values < 0))
+        yield f"{term}: the weight is {values[step]:.3g} at step {step:,}; below 0 the term is made larger, not smaller"
 
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a schedule is shown

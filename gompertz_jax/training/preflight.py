@@ -18,7 +18,7 @@ from ..report import text_table
 from ..schedules import ByProgress
 from .data import Dataset
 from .errors import RunError
-from .objectives import corners, sampled
+from .objectives import corners, doubts_of_weight, sampled
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -277,6 +277,8 @@ def describe(
     elif views:
         rows.append(("views", f"{views} of each image"))
     rows += [("terms", line) for line in text_table(_weights(objective, steps))]
+    for term in objective.terms:
+        rows += [("warning", text) for text in doubts_of_weight(term.name, sampled(term.weight, steps))]
     per_epoch = max(1, len(dataset.train.labels) // batch_size)
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
