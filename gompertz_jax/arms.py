@@ -89,7 +89,10 @@ def arm(config: Config, name: str) -> Config:
         raise RunError(
             f"the arm {name!r} is unknown; there are {', '.join(ARMS)}, and NAME=FILE, of a config of its own"
         )
-    return _changed(config, name, ARMS[name])
+    changed = config.copy_and_resolve_references()
+    with changed.ignore_type():  # a weight may be a text or a number
+        _change(changed.objective, name, ARMS[name])
+    return changed
 
 
 def about(config: Config, name: str, of_arm: Config) -> str:
@@ -105,10 +108,9 @@ def with_student(config: Config, arms: Mapping[str, Config]) -> dict[str, Config
     return dict(arms) if STUDENT in arms else {STUDENT: arm(config, STUDENT), **arms}
 
 
-def _changed(config: Config, name: str, change: Arm) -> Config:
-    changed = config.copy_and_resolve_references()
-    objective, own = changed.objective, config.objective.curve
-    terms = objective.terms
+def _change(objective: Config, name: str, change: Arm) -> None:
+    """Change an objective to that of an arm."""
+    terms, own = objective.terms, objective.curve
     for key in list(terms):
         loss = terms[key].loss
         if loss == "cross_entropy":
@@ -131,4 +133,3 @@ def _changed(config: Config, name: str, change: Arm) -> Config:
     if name.split("_")[-1] == "gompertz" and "gompertz" not in own:
         raise RunError(f"the arm {name!r} is one under objective.curve = {own!r}, which is no Gompertz curve")
     objective.curve = change.curve.format(curve=own)
-    return changed

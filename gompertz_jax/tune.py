@@ -116,7 +116,7 @@ def _set_curve(curve: str, key: str) -> Callable[[Config, float], None]:
 def _scale(name: str) -> Callable[[Config, float], None]:
     def change(config: Config, value: float) -> None:
         spec = config.objective.terms[name]
-        with config.unlocked():
+        with config.unlocked(), config.ignore_type():  # which may be a number
             spec.weight = f"{value:g} * ({spec.get('weight', LOSSES[spec.loss].weight)})"
 
     return change
@@ -124,7 +124,8 @@ def _scale(name: str) -> Callable[[Config, float], None]:
 
 def _set_option(name: str, key: str) -> Callable[[Config, float], None]:
     def change(config: Config, value: float) -> None:
-        config.objective.terms[name][key] = f"{value:g}"
+        with config.ignore_type():  # which may be a number
+            config.objective.terms[name][key] = f"{value:g}"
 
     return change
 

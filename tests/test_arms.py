@@ -70,6 +70,17 @@ def test_an_arm_that_the_config_cannot_give_is_refused():
     arm(config, "constant")
 
 
+def test_weights_may_be_numbers(weights):
+    config = get_default()
+    with config.ignore_type():
+        config.objective.terms.ce.weight = 1
+        config.objective.terms.kd.weight = 1.0
+    for name in ("kd", "budget", "constant"):
+        built = build_objective(arm(config, name), STEPS).terms
+        for term in built:
+            np.testing.assert_allclose(sampled(term.weight, STEPS), weights[name][term.name], rtol=1e-6)
+
+
 def test_a_term_that_the_config_switched_off_stays_off(weights):
     """Whether its weight is written as 0 or comes out as 0; only a curve of 0 may be another in another arm."""
     for off in ("0", "0.0", "0 * curve", "curve - curve"):

@@ -38,6 +38,15 @@ def test_a_knob_changes_its_parameter_and_no_other():
     }
 
 
+def test_a_knob_changes_a_number_as_it_changes_a_text():
+    config = arm(small_config(), "constant")
+    with config.ignore_type():
+        config.objective.terms.kd.update({"weight": 1, "temperature": 4})
+    for knob, value in zip(room.knobs(config), (0.5, 2.5), strict=True):
+        knob.set(config, value)
+    assert config.objective.terms.kd.to_dict() == {"loss": "soft_targets", "weight": "0.5 * (1)", "temperature": "2.5"}
+
+
 def test_ranges_are_walked_by_the_logarithm_or_in_a_line():
     assert [room.Range(1.0, 100.0).at(share) for share in (0.0, 0.5, 1.0)] == [1.0, 10.0, 100.0]
     assert [room.Range(1.0, 3.0, linear=True).at(share) for share in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]

@@ -95,7 +95,7 @@ _CURVES = {
 
 
 def parse_schedule(
-    text: str,
+    text: str | int | float,
     total_steps: int,
     *,
     curve: Schedule | ByProgress | None = None,
