@@ -80,6 +80,7 @@ def _conclude(workdir: Path, results: dict[str, Any], baseline: str) -> dict[str
     replace_text(workdir / "results.md", text)
     write_json(workdir / RESULTS, results)
     say(f"{text}\nfiles     {workdir}/ {RESULTS}, results.md, comparison.png, metrics.jsonl, checkpoints/, teacher/")
+    say(f"next      gompertz-jax report {workdir}")
     return results
 
 

@@ -275,8 +275,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += [
         "",
-        f"{timing['train_seconds']:,.0f} s of training ({timing['images_per_second']:,.0f} images/s of all students), "
-        f"{timing['teacher_seconds']:,.0f} s of the teacher's, on {results['device']}. {versions}; "
+        f"{timing['train_seconds']:,.0f} s of training, {timing['teacher_seconds']:,.0f} s of the teacher's, both with "
+        f"compiling; {timing['images_per_second']:,.0f} images/s of all students while training; on "
+        f"{results['device']}. {versions}; "
         f"commit {results['commit']}.",
     ]
     return "\n".join(lines) + "\n"

@@ -97,6 +97,19 @@ def test_a_result_that_was_cut_in_half_is_made_again(whole, copy, capsys):
     assert_same(whole, copy)
 
 
+def test_a_finished_run_whose_network_is_gone_says_so_and_how_to_get_it_back(whole, copy, capsys):
+    shutil.copy(whole / "result.json", copy / "result.json")
+    shutil.rmtree(copy / "network")
+    loop.train_and_evaluate(small_config(), copy)
+    said = capsys.readouterr().out
+    assert "test accuracy" in said and f"remove {copy / 'result.json'} and start again" in said
+    (copy / "result.json").unlink()
+    loop.train_and_evaluate(small_config(), copy)
+    assert_same(whole, copy)
+    loop.train_and_evaluate(small_config(), copy)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_damaged_teacher_of_one_s_own_is_made_again_from_its_checkpoint(whole, copy, capsys):
     for name in ("teacher.json", "network.json", "network/state/manifest.ocdbt"):
         cut(copy / "teacher" / name)

@@ -87,6 +87,8 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
     if already is not None:
         say(f"{workdir} holds a finished run; another --workdir starts a new one.")
         say(report.result_card(already, workdir))
+        if reason := on_main(lambda: network_fault(workdir)):
+            say(f"warning: {reason}; remove {workdir / RESULT} and start again: it is made from the last checkpoint")
         return already
 
     with sole_use(workdir):
