@@ -204,9 +204,8 @@ def tune(
                 result = {"search": search, "trials": trials, **trained, **origin}
                 result["tuned"] = {name: _ranked(name, values, trained) for name, values in drawn.items()}
                 on_main(lambda: _write(workdir, result, tried))
-        say(
-            f"{as_markdown(result)}\nfiles     {workdir}/ {RESULT}, tune.md, best/, metrics.jsonl, checkpoints/, teacher/"
-        )
+        say(as_markdown(result))
+        say(f"files     {workdir}/ {RESULT}, tune.md, best/, metrics.jsonl, checkpoints/, teacher/")
         say(f"next      gompertz-jax report {workdir}")
         return result
 
