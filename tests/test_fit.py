@@ -299,7 +299,7 @@ def test_of_several_students_one_that_fails_ends_alone_and_the_last_one_ends_the
         steps = {name: [line["step"] for line in lines if line["arm"] == name] for name in "ab"}
         assert steps == {"a": [0, 1], "b": [0, 1, 2, 3, 4, 5]}
         taking.take(list(dispatch(6, {"a": 1, "b": 7})))
-        with pytest.raises(RunError, match="b/0: the term 'kd' was not finite at step 7"):
+        with pytest.raises(RunError, match="no student of 2 is left: b/0: the term 'kd' was not finite at step 7"):
             taking.drain()
 
 

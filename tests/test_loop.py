@@ -148,6 +148,8 @@ def test_a_student_alone_needs_no_teacher_and_a_batch_must_fit_the_data(tmp_path
     assert "kd/raw" not in metrics_of(tmp_path / "alone")[0]
     with pytest.raises(RunError, match=r"recipe\.batch_size = 5000 exceeds the 1,338 training images: take 1338"):
         loop.train_and_evaluate(run_config(**{"recipe.batch_size": 5000}), tmp_path / "large")
+    with pytest.raises(RunError, match=r"augment\.padding = 8: a crop may miss an image of 8 pixels altogether"):
+        loop.train_and_evaluate(run_config(**{"augment.padding": 8}), tmp_path / "padded")
 
 
 def test_a_loss_that_blows_up_stops_the_run_and_is_not_saved(finished, tmp_path):

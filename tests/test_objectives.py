@@ -166,11 +166,12 @@ def test_a_curve_by_progress_brings_its_measure_along():
     ],
 )
 def test_progress_that_cannot_be_measured_is_refused(changes, message):
-    config = get_default()
-    config.objective.curve = "progress(gompertz())"
-    config.objective.progress.update(changes)
-    with pytest.raises(RunError, match=message):
-        room.build_objective(config, 100)
+    for curve in ("progress(gompertz())", "gompertz()"):  # and where no weight reads it, for the day one does
+        config = get_default()
+        config.objective.curve = curve
+        config.objective.progress.update(changes)
+        with pytest.raises(RunError, match=message):
+            room.build_objective(config, 100)
 
 
 def test_skipping_the_teacher_and_reading_the_progress_exclude_each_other():

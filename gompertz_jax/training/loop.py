@@ -107,7 +107,16 @@ def described(
     label: str,
     sharing: int | None = None,
 ) -> str:
-    """The pre-flight's text for a config's student under an objective; `preflight.describe` documents the rest."""
+    """The pre-flight's text for a config's student under an objective; `preflight.describe` documents the rest.
+
+    Raises:
+      RunError: as it does; or the crops would hold nothing of most images.
+    """
+    padding, side = config.augment.padding, min(dataset.train.images.shape[1:3])
+    if padding >= side:
+        raise RunError(
+            f"augment.padding = {padding}: a crop may miss an image of {side} pixels altogether; 4 suits one of 32"
+        )
     return preflight.describe(
         dataset,
         student=("student", content["student"], network_shapes(content["student"], dataset)),

@@ -249,9 +249,14 @@ def build_objective(config: Config, total_steps: int) -> Objective:
                 )
     if not built:
         raise RunError("objective.terms: every weight is 0, so there is nothing to learn; give one term a weight")
-    progress = None
-    if any(term.reads_progress() for term in built):
-        progress = _progress(config.objective)
+    progress = _progress(config.objective)
+    if not any(term.reads_progress() for term in built):
+        return Objective(tuple(built), projections)
+    if config.objective.skip_below > 0:
+        raise RunError(
+            f"objective.skip_below = {config.objective.skip_below}: a step that skips the teacher cannot measure the "
+            "progress that a weight reads; take 0, or a curve by the clock"
+        )
     return Objective(tuple(built), projections, progress)
 
 
@@ -359,15 +364,10 @@ def _projection(name: str, default: Any, specs: Config, loss_name: str, where: s
 
 
 def _progress(objective: Config) -> Progress:
-    """How the config measures progress, for weights that read it."""
+    """How the config would measure progress for a weight that reads it."""
     options = objective.progress
     if options.measure not in MEASURES:
         raise RunError(f"objective.progress.measure = {options.measure!r} is unknown; there are {', '.join(MEASURES)}")
     if not 0 <= options.decay < 1:
         raise RunError(f"objective.progress.decay = {options.decay}: must lie in [0, 1)")
-    if objective.skip_below > 0:
-        raise RunError(
-            f"objective.skip_below = {objective.skip_below}: a step that skips the teacher cannot measure the progress "
-            "that a weight reads; take 0, or a curve by the clock"
-        )
     return Progress(MEASURES[options.measure], options.decay, options.monotone)

@@ -108,7 +108,7 @@ class MetricsReader:
         if failures:
             self._writer.commit()
             if len(self.failed) == len(students):
-                raise RunError(failures[-1])
+                raise RunError(f"{f'no student of {len(students)} is left: ' * (len(students) > 1)}{failures[-1]}")
             say("\n".join(f"warning: {failure}; the others go on" for failure in failures))
         going = [student.metrics for student in students if not self.has_failed(student)]
         self._progress.update(
@@ -169,6 +169,6 @@ def _failure(student: StudentMetrics, failed: int, step: int) -> str:
     whose = f"{_prefix(student).rstrip('/')}: " if student.tags else ""
     return (
         f"{whose}{what} was not finite at step {step}; the update was refused and nothing of it saved. "
-        "Look at that step in metrics.jsonl; a lower learning_rate or a clip_norm in the recipe, with another "
-        "--workdir, is the usual remedy"
+        "Look at that step in metrics.jsonl; a lower learning_rate or a clip_norm in the recipe, or a smaller weight, "
+        "with another --workdir, is the usual remedy"
     )
