@@ -241,6 +241,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     groups = grouped(list(objectives.values()))
     check_differ(objectives, groups, plan.steps)
     first, last = cohort.seeds[0], cohort.seeds[-1]
+    seeds = f"seeds {first} to {last}" if first < last else f"seed {first}"
     texts = [
         described(
             config,
@@ -250,7 +251,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
             group.objectives[0],
             shapes if any(term.distils for term in group.objectives[0].terms) else None,
             mesh,
-            label=f"{workdir}, seeds {first} to {last}, the arm {list(objectives)[group.arms[0]]}",
+            label=f"{workdir}, {seeds}, the arm {list(objectives)[group.arms[0]]}",
             sharing=sharing,
         )
         for group in groups
