@@ -1,12 +1,13 @@
 """Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
 
+import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from gompertz_jax.training.errors import RunError, config_error
+from gompertz_jax.training.errors import RunError, config_error, config_fault
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
 from gompertz_jax.training.stop import Stopped, leave
@@ -21,25 +22,25 @@ flags.mark_flag_as_required("config")
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parse flags; what is wrong with them is reported in one line."""
+    """Parse flags; what is wrong with them, or with the config file, is reported in one line."""
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and failures with tracebacks
+    given = re.search(r"(?:^|\n)--?config[=\n](.*)", "\n".join(arguments))
     try:
-        return flags.FLAGS(arguments)
-    except flags.Error as error:
-        if not any(argument.startswith("--config") for argument in arguments):
+        rest = flags.FLAGS(arguments)
+    except Exception as error:  # whatever a config file leads to
+        if isinstance(error, flags.Error) and not any(argument.startswith("--config") for argument in arguments):
             sys.exit("error: --config=FILE is missing; the experiments that come with this are in configs/")
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except (AttributeError, KeyError, TypeError, OSError) as error:
-        sys.exit(f"error: {config_error(error)}")
+        sys.exit(f"error: {config_error(error, given[1] if given else '')}")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        sys.exit(f"error: {config_fault(config_flags.get_config_filename(flags.FLAGS['config']))}")
+    return rest
 
 
 def main(arguments: list[str]) -> None:
     """Run the experiment that the flags name."""
-    logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and failures with tracebacks
     if arguments[1:]:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
     file, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
-    if not Path(file).is_file():
-        sys.exit(f"error: --config: there is no file {file}; the experiments that come with this are in configs/")
     workdir = _WORKDIR.value or f"runs/{'-'.join([Path(file).stem, *variant])}"
     try:
         connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value)

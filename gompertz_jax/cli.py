@@ -122,7 +122,7 @@ def _add_preview(commands: Any) -> None:
 def _preview(parsed: argparse.Namespace) -> None:
     from . import preview
 
-    control = None if parsed.control is None else _config(parsed.control, [])
+    control = None if parsed.control is None else _config(parsed.control, [], "--control")
     shown = preview.preview(_config(parsed.config, parsed.overrides), control=control)
     if parsed.png is not None:
         preview.plot(shown, parsed.png)
@@ -175,7 +175,7 @@ def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
             continue
         arms[name] = config.copy_and_resolve_references()
         with arms[name].unlocked():
-            arms[name].objective = _config(file, []).objective
+            arms[name].objective = _config(file, [], "--arms").objective
     return {"config": config, "arms": arms, "seeds": parsed.seeds, "layout": parsed.layout, "workdir": parsed.workdir}
 
 
@@ -206,22 +206,23 @@ def _report(parsed: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _config(file: str, overrides: Sequence[str]) -> Any:
-    """The config of a file, changed as train.py changes it."""
+def _config(file: str, overrides: Sequence[str], flag: str = "--config") -> Any:
+    """The config of a file, changed as train.py changes it; `flag` is with which it was given."""
     import ml_collections
-    from absl import flags
+    from absl import flags, logging
     from ml_collections import config_flags
 
-    from .training.errors import config_error
+    from .training.errors import config_error, config_fault
 
+    logging.set_verbosity(logging.FATAL)  # of a get_config that returns nothing it warns in its own words
     values, arguments = flags.FlagValues(), ["gompertz-jax", f"--config={file}", *overrides]
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
         rest = values(arguments)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-        raise ValueError(config_error(error)) from error
-    if not isinstance(config.value, ml_collections.ConfigDict):  # what stands for a file that cannot be read
-        raise ValueError(f"--config: {file} cannot be read as a config")
+    except Exception as error:  # whatever a config file leads to
+        raise ValueError(config_error(error, file, flag=flag)) from error
+    if not isinstance(config.value, ml_collections.ConfigDict):
+        raise ValueError(config_fault(file, flag=flag))
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; overrides are written --config.key=value")
     return config.value

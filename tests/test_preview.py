@@ -171,9 +171,12 @@ def test_the_command_takes_a_config_file_and_changes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=nowhere.py"], "nowhere.py"),
+        (["--config=nowhere.py"], "--config: there is no file nowhere.py"),
+        ([f"--config={DIGITS}", "--control=nowhere.py"], "--control: there is no file nowhere.py"),
+        ([f"--config={DIGITS}:foo"], f"{DIGITS} takes no variant, got ':foo'"),
         ([f"--config={DIGITS}", "--config.recipe.epoch=3"], "there is no key 'epoch'; did you mean 'epochs'?"),
-        ([f"--config={DIGITS}", "--config.recipe.epochs=many"], "recipe.epochs"),
+        ([f"--config={DIGITS}", "--config.recipe.epochs=many"], "--config.recipe.epochs=many: must be an integer"),
+        ([f"--config={DIGITS}", "--config.recipe.nesterov=no"], "--config.recipe.nesterov=no: must be True or False"),
         ([f"--config={DIGITS}", "stray"], "unexpected argument 'stray'"),
         ([f"--config={DIGITS}", "--config.objective.curve=gompetz()"], "objective.curve = 'gompetz()'"),
     ],
@@ -182,3 +185,35 @@ def test_mistakes_are_one_line(arguments, message):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["preview", *arguments])
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+
+
+BEGIN = "from gompertz_jax.training.config import get_default\ndef get_config():\n  config = get_default()\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config()\n  pass\n", ", line 1: expected ':'"),
+        ("import no_such\n", ", line 1, import no_such: ModuleNotFoundError: No module named 'no_such'"),
+        (
+            BEGIN + "  config.recipe.epochs = '3'",
+            ", line 4, config.recipe.epochs = '3': epochs must be of type int, got 3",
+        ),
+        (
+            BEGIN + "  config.recipe.epoch = 3",
+            ", line 4, config.recipe.epoch = 3: there is no key 'epoch'; did you mean 'epochs'?",
+        ),
+        (BEGIN + "  config.recipe.colour = 3", ", line 4, config.recipe.colour = 3: there is no key 'colour'"),
+        (BEGIN + "  return 1 / 0", ", line 4, return 1 / 0: ZeroDivisionError: division by zero"),
+        (BEGIN, ": get_config() must return a ConfigDict, got None"),
+        ("", " has no get_config(), the function that returns the config"),
+        ("def get_config(variant):\n  pass\n", " needs a variant: "),
+    ],
+)
+@pytest.mark.parametrize("changes", [[], ["--config.seed=3"]], ids=["as it is", "changed"])
+def test_mistakes_in_a_config_file_are_one_line_that_says_where(source, message, changes, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["preview", f"--config={path}", *changes])
+    assert str(stopped.value).startswith(f"error: {path}{message}") and "\n" not in str(stopped.value)
