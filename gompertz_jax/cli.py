@@ -121,11 +121,13 @@ def _add_preview(commands: Any) -> None:
 
 def _preview(parsed: argparse.Namespace) -> None:
     from . import preview
+    from .training.files import writing
 
     control = None if parsed.control is None else _config(parsed.control, [], "--control")
     shown = preview.preview(_config(parsed.config, parsed.overrides), control=control)
     if parsed.png is not None:
-        preview.plot(shown, parsed.png)
+        with writing(parsed.png, "give another --png"):
+            preview.plot(shown, parsed.png)
     print(preview.as_text(shown))
 
 
@@ -200,10 +202,12 @@ def _add_report(commands: Any) -> None:
 
 def _report(parsed: argparse.Namespace) -> None:
     from . import page
+    from .training.writer import METRICS
 
     out = parsed.out or parsed.workdir / "report.html"
     page.write(parsed.workdir, out)
-    print(f"written to {out}")
+    lacks = "" if (parsed.workdir / METRICS).exists() else f", without curves: {parsed.workdir} holds no {METRICS}"
+    print(f"written to {out}{lacks}")
 
 
 def _config(file: str, overrides: Sequence[str], flag: str = "--config") -> Any:

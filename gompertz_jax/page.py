@@ -33,7 +33,7 @@ def write(workdir: Path, out: Path) -> None:
       out: the file.
 
     Raises:
-      RunError: the workdir holds none of these.
+      RunError: the workdir holds none of these; or the page cannot be written.
     """
     lines = read_metrics(workdir / METRICS)
     if (workdir / "results.json").exists():
@@ -46,12 +46,15 @@ def write(workdir: Path, out: Path) -> None:
         body = _going(config, lines) if "arms" in config else _run(result, config, lines)
     else:
         raise RunError(f"{workdir} holds no run and no comparison: give the --workdir of one")
+    if not (workdir / METRICS).exists():
+        body = [f"<p>There is no {METRICS} in the workdir: what it would show is left out.</p>", *body]
     title = html.escape(workdir.absolute().name)
     replace_text(
         out,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n" + "\n".join(body) + "\n</body></html>\n",
+        "give another --out",
     )
 
 

@@ -102,3 +102,7 @@ def test_differing_keys_are_listed_without_those_that_may_change():
     old = {"seed": 0, "recipe": {"epochs": 1}, "logging": {"every_steps": 1}, "data": {"data_dir": "a", "name": "x"}}
     new = {"seed": 1, "recipe": {"epochs": 1}, "logging": {"every_steps": 5}, "data": {"data_dir": "b", "name": "y"}}
     assert room.differing_keys(old, new) == ["data.name: 'x' -> 'y'", "seed: 0 -> 1"]
+    assert room.differing_keys({"a": list(range(99)), "b": {}}, {"a": 1}) == [
+        f"a: {str(list(range(99)))[:77]}... -> 1",
+        "b: missing",
+    ]

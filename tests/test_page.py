@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gompertz_jax import page, report
+from gompertz_jax import cli, page, report
 from gompertz_jax.training.errors import RunError
 
 TRAIN = {"split": "train", "loss": 1.0, "gradient_norm": 9.0, "accuracy": 0.5, "ce/weight": 1.0, "ce/weighted": 1.0}
@@ -138,3 +138,15 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run and no comparison"):
         page.write(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_lines_that_are_gone_and_a_page_that_cannot_be_written_are_told(tmp_path, capsys):
+    write(tmp_path, [], config={})
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "There is no metrics.jsonl in the workdir" in of(tmp_path)[0]
+    cli.main(["report", str(tmp_path)])
+    assert f"report.html, without curves: {tmp_path} holds no metrics.jsonl" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"no/x.html cannot be written \(No such file or directory\); give another --out$"
+    ):
+        cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "x.html")])

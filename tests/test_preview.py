@@ -177,6 +177,10 @@ def test_the_command_takes_a_config_file_and_changes(tmp_path, capsys):
         ([f"--config={DIGITS}", "--config.recipe.epoch=3"], "there is no key 'epoch'; did you mean 'epochs'?"),
         ([f"--config={DIGITS}", "--config.recipe.epochs=many"], "--config.recipe.epochs=many: must be an integer"),
         ([f"--config={DIGITS}", "--config.recipe.nesterov=no"], "--config.recipe.nesterov=no: must be True or False"),
+        (
+            [f"--config={DIGITS}", "--png=no/x.png"],
+            "no/x.png cannot be written (No such file or directory); give another",
+        ),
         ([f"--config={DIGITS}", "stray"], "unexpected argument 'stray'"),
         ([f"--config={DIGITS}", "--config.objective.curve=gompetz()"], "objective.curve = 'gompetz()'"),
     ],

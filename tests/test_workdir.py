@@ -24,6 +24,21 @@ def test_a_workdir_belongs_to_its_config(tmp_path):
         room.check_workdir(tmp_path / "run", room.frozen(tiny_config(**{"student.model": "resnet14"})))
 
 
+def test_runs_and_comparisons_keep_apart_and_arms_that_differ_are_told_by_name(tmp_path):
+    run = room.frozen(tiny_config())
+    cohort = run | {"arms": {"kd": run["objective"], "full": run["objective"]}, "seeds": 2}
+    room.claim_workdir(tmp_path, run)
+    with pytest.raises(RunError, match=r"holds a single run; a comparison or a search needs its own --workdir$"):
+        room.check_workdir(tmp_path, cohort)
+    room.write_json(tmp_path / room.CONFIG, cohort)
+    with pytest.raises(RunError, match=r"holds a comparison or a search; a single run needs its own --workdir$"):
+        room.check_workdir(tmp_path, run)
+    other = cohort | {"arms": {"kd": run["objective"], "student": run["objective"]}, "seeds": 3}
+    told = r"Changed: arms\.full: missing; arms\.student: new; seeds: 2 -> 3; seeds cannot be added to a comparison$"
+    with pytest.raises(RunError, match=told):
+        room.check_workdir(tmp_path, other)
+
+
 def test_a_config_older_than_a_key_has_it_at_its_default(tmp_path):
     """Of a whole run and of a teacher's part of one; what the user named is not filled up."""
     for name, groups in (("run", None), ("teacher", ("teacher", "data"))):

@@ -147,7 +147,10 @@ def get_default() -> Config:
 def differing_keys(
     old: dict[str, Any], new: dict[str, Any], *, without: tuple[str, ...] = CHANGEABLE, prefix: str = ""
 ) -> list[str]:
-    """Dotted keys at which two configs differ, as `key: old -> new`; by default without those that may change."""
+    """Dotted keys at which two configs differ, as `key: old -> new`; by default without those that may change.
+
+    A group that only one of them has is `key: missing` in the new one, or `key: new`.
+    """
     changes = []
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
@@ -156,6 +159,13 @@ def differing_keys(
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             changes += differing_keys(before, after, without=without, prefix=f"{path}.")
+        elif isinstance(after if before is None else before, dict) and None in (before, after):
+            changes.append(f"{path}: {'new' if before is None else 'missing'}")
         elif before != after:
-            changes.append(f"{path}: {before!r} -> {after!r}")
+            changes.append(f"{path}: {_shown(before)} -> {_shown(after)}")
     return changes
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:77]}..." if len(text) > 80 and not isinstance(value, str) else text

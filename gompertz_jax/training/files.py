@@ -13,9 +13,11 @@ from .errors import RunError
 
 ASIDE = "set_aside"
 
+_AGAIN = "make room, or make it writable, and start again: the run goes on from the last checkpoint, which is intact"
+
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, way_out: str = _AGAIN) -> Iterator[None]:
     """Turn an error of the file system, mostly a full or read-only disk, into the one error that a user reads.
 
     Raises:
@@ -24,20 +26,17 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); make room, or make it writable, and start again: "
-            "the run goes on from the last checkpoint, which is intact"
-        ) from error
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); {way_out}") from error
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, way_out: str = _AGAIN) -> None:
     """Write a text file so that a reader finds the old one or the new one, never a part of either.
 
     Raises:
       RunError: it cannot be written; the old one is as it was.
     """
     temporary = path.with_suffix(path.suffix + ".partial")
-    with writing(path):
+    with writing(path, way_out):
         with temporary.open("w") as file:
             file.write(text)
             file.flush()

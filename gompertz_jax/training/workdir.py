@@ -55,11 +55,16 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         reason = f"the workdir {workdir} cannot be written ({error.strerror})"
         raise RunError(f"{reason}; choose another --workdir") from error
     if (workdir / CONFIG).exists():
-        changes = differing_keys(with_defaults(read_json(workdir / CONFIG)), with_defaults(content))
-        if changes:
+        before = read_json(workdir / CONFIG)
+        kinds = {False: "a single run", True: "a comparison or a search"}
+        held, wanted = (kinds["arms" in config] for config in (before, content))
+        if held != wanted:
+            raise RunError(f"the workdir {workdir} holds {held}; {wanted} needs its own --workdir")
+        if changes := differing_keys(with_defaults(before), with_defaults(content)):
+            seeds = "seeds" in content and before.get("seeds") != content["seeds"]
             raise RunError(
                 f"the workdir {workdir} belongs to a run with another config; choose another --workdir. "
-                f"Changed: {'; '.join(changes)}"
+                f"Changed: {'; '.join(changes)}{'; seeds cannot be added to a comparison' if seeds else ''}"
             )
     elif leftovers := [name for name in ("checkpoints", "network", "metrics.jsonl") if (workdir / name).exists()]:
         raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
