@@ -69,6 +69,7 @@ def test_the_methods_name_every_loss_that_is_published(monkeypatch):
         ({"teacher.cache.views": -1}, "teacher.cache.views = -1"),
         ({"steps_per_dispatch": 0}, "steps_per_dispatch = 0"),
         ({"augment.padding": -1}, "augment.padding"),
+        ({"data.image_size": 100_000}, r"data.image_size = 100000: must lie in \[0, 4096\]"),
         ({"data.name": "cifar"}, "data.name = 'cifar'"),
         ({"recipe.weight_decay": float("inf")}, "recipe.weight_decay = inf: must be finite"),
         ({"recipe.projection_rate": -1.0}, "recipe.projection_rate"),

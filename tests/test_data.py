@@ -98,7 +98,7 @@ def test_statistics_are_of_the_training_part():
         ({"split_seed": -1}, "split_seed = -1: must not be negative"),
         ({"train_images": -1}, "train_images = -1: must not be negative; 0 takes all"),
         ({"train_images": 1400, "validation": 100}, "train_images = 1,400: digits has 1,438 training images"),
-        ({"image_size": -4}, "image_size = -4: must not be negative"),
+        ({"image_size": -4}, "image_size = -4: must lie in [0, 4096]"),
         ({"num_classes": 100}, "num_classes = 100: digits has 10; set it to 10"),
     ],
 )

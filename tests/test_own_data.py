@@ -11,7 +11,7 @@ from helpers import small_config
 from PIL import Image, ImageOps
 
 from gompertz_jax.training import loop, own_data
-from gompertz_jax.training.data import load
+from gompertz_jax.training.data import load, of_config
 from gompertz_jax.training.errors import DataError, RunError
 
 CLASSES, SHAPE, COUNTS = ("ash", "beech", "cedar"), (12, 10, 3), {"train": 60, "test": 30}
@@ -141,9 +141,10 @@ def test_images_that_cannot_be_read_are_listed_by_name(tmp_path):
     (tmp_path / "train" / "ash" / "note.txt").write_text("not an image")
     (tmp_path / "train" / "beech" / "cut.png").write_bytes(whole.read_bytes()[:200])
     Image.fromarray(np.zeros((12, 10), np.uint16)).save(tmp_path / "train" / "cedar" / "deep.png")
+    (tmp_path / "test" / "cedar" / "too.png").write_text("nor this")
     with pytest.raises(DataError) as told:
         load(f"folder:{tmp_path}", validation=0)
-    for name in ("note.txt (not an image", "cut.png (", "deep.png (of mode I;16"):
+    for name in ("note.txt (not an image", "cut.png (", "deep.png (of mode I;16", "too.png (not an image"):
         assert name in str(told.value)
     assert "000.png" not in str(told.value)
 
@@ -178,7 +179,13 @@ def test_folders_that_lack_something(tmp_path, harm, message):
         ({"train_images": np.zeros((60, 12), np.uint8)}, r"of shape \(60, 12\)"),
         ({"train_labels": np.zeros((60, 3), np.int64)}, r"train_labels is int64 of shape \(60, 3\)"),
         ({"train_labels": np.zeros(59, np.int64)}, "60 train_images and 59 train_labels"),
-        ({"train_labels": np.full(60, 7)}, "label 7 of example 0 is not one of 3 classes"),
+        ({"train_labels": np.full(60, 7)}, "class_names has 3 names, and train_labels goes up to 7"),
+        ({"test_labels": np.full(30, 7)}, "label 7 of example 0 is not one of 3 classes"),
+        ({"train_labels": np.full(60, -1)}, "train_labels has -1; labels start at 0"),
+        (
+            {"train_images": np.zeros((60, 3, 16, 16), np.uint8)},
+            r"shape \(60, 3, 16, 16\), channels first; .*channels last",
+        ),
         ({"class_names": np.arange(3)}, "class_names is int64"),
         ({"train_labels": np.array([{}] * 60, object)}, "cannot be read"),
     ],
@@ -190,8 +197,13 @@ def test_arrays_that_do_not_fit(tmp_path, changes, message):
 
 def test_files_that_are_none_and_test_images_of_another_size(tmp_path):
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    for name in ("torn.npz", "nowhere.npz"):
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
+    (tmp_path / "text.npz").write_text("1, 2, 3")
+    for name, message in (
+        ("torn.npz", "torn.npz cannot be read"),
+        ("nowhere.npz", "there is no .*nowhere.npz$"),
+        ("text.npz", r"text.npz is not an \.npz file"),
+    ):
+        with pytest.raises(DataError, match=message):
             load(f"arrays:{tmp_path / name}", validation=0)
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"is one array; np\.savez"):
@@ -202,8 +214,10 @@ def test_files_that_are_none_and_test_images_of_another_size(tmp_path):
 
 
 def test_tfds_sets_that_are_not_there_or_have_no_classes(tmp_path):
-    with pytest.raises(DataError, match="tfds:no_such_set: "):
+    with pytest.raises(DataError, match=r"^tfds:no_such_set: Dataset no_such_set not found\.$"):
         load("tfds:no_such_set", data_dir=tmp_path, validation=0)
+    with pytest.raises(DataError, match=r"not found\. Did you mean: svhn_croped -> svhn_cropped \?$"):
+        load("tfds:svhn_croped", data_dir=tmp_path, validation=0)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +279,30 @@ def test_arrays_of_grey_images_without_names_of_classes(tmp_path):
     data = load(f"arrays:{tmp_path / 'mine.npz'}", validation=0)
     assert data.train.images.shape == (4, 6, 5, 1) and data.class_names == ("0", "1", "2")
     np.testing.assert_array_equal(data.test().images[..., 0], grey[:2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train_labels": np.zeros(60, int), "test_labels": np.zeros(30, int), "class_names": np.array(["ash"])},
+            "there is one class only, 'ash'",
+        ),
+        ({"train_images": np.full((60, *SHAPE), 9, np.uint8)}, "all training pixels have one value in channel 0"),
+    ],
+)
+def test_sets_from_which_nothing_can_be_learned(changes, message, tmp_path):
+    name = write_arrays(tmp_path / "mine.npz", **changes)
+    with pytest.raises(DataError, match=rf"^data.name = {name}: {message}"):
+        of_config(small_config(**{"data.name": name, "data.validation": 0}).data)
+
+
+def test_classes_without_an_image_are_told(tmp_path, capsys):
+    labels = np.array([0] * 59 + [1], np.int32)
+    name = write_arrays(tmp_path / "mine.npz", train_labels=labels, test_labels=np.full(30, 2, np.int32))
+    load(name, validation=1, split_seed=0)
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: {name}: no test image is of class ash, beech",
+        f"warning: {name}: no training image is of class cedar",
+        f"warning: {name}: no held-out image is of class beech, cedar",
+    ]

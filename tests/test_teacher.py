@@ -137,3 +137,12 @@ def test_a_teacher_that_always_answers_the_largest_class_is_refused():
     unequal = dataclasses.replace(dataset(), train=split, validation=split)
     with pytest.raises(RunError, match=r"classifies 40.0% of the held-out images, and guessing 40.0%"):
         room.gate(brightness(), unequal, floor=0.0, origin="here", mesh=data_mesh())
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_images_of_one_class_are_not_the_teachers_fault(validation):
+    split = Split(np.zeros((5, 8, 8, 1), np.uint8), np.full(5, 2, np.int32))
+    one = dataclasses.replace(dataset(), train=split, validation=split if validation else None)
+    which = "held-out images" if validation else "training images that it is judged on"
+    with pytest.raises(RunError, match=f"^all 5 {which} are of class 'c', .*data.split_seed"):
+        room.gate(brightness(), one, floor=0.0, origin="here", mesh=data_mesh())

@@ -10,7 +10,7 @@ import ml_collections
 
 from ..models import names
 from .config import OPEN, Config, get_default
-from .data import check_name
+from .data import LARGEST_SIDE, check_name
 from .errors import RunError
 from .objectives import build_objective
 
@@ -111,8 +111,9 @@ def check_config(config: Config) -> None:
         check_place(key, place)
     if config.data.train_images < 0:
         raise RunError(f"data.train_images = {config.data.train_images}: must not be negative; 0 takes all")
-    if config.data.image_size < 0:
-        raise RunError(f"data.image_size = {config.data.image_size}: must not be negative; 0 leaves images as they are")
+    if not 0 <= config.data.image_size <= LARGEST_SIDE:
+        rule = f"must lie in [0, {LARGEST_SIDE}]; 0 leaves images as they are"
+        raise RunError(f"data.image_size = {config.data.image_size}: {rule}")
     for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
         if not 0 <= seed < 2**31:
             raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")

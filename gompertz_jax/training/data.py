@@ -18,6 +18,7 @@ from .images import Split as Split
 # How many images each has outside its test set, known without reading it.
 IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_438}
 NAMES = tuple(IMAGES)
+LARGEST_SIDE = 4096
 
 # Which digits are for the test is part of the data set, so it depends on no setting.
 _DIGITS_TEST_SEED, _DIGITS_TEST_FRACTION = 1797, 0.2
@@ -99,8 +100,8 @@ def load(
       ((1238, 8, 8, 1), 200, 359)
     """
     check_name(name)
-    if image_size < 0:
-        raise DataError(f"image_size = {image_size}: must not be negative; 0 leaves images as they are")
+    if not 0 <= image_size <= LARGEST_SIDE:
+        raise DataError(f"image_size = {image_size}: must lie in [0, {LARGEST_SIDE}]; 0 leaves images as they are")
     if train_images < 0:
         raise DataError(f"train_images = {train_images}: must not be negative; 0 takes all")
     if split_seed < 0:
@@ -142,6 +143,10 @@ def load(
     train = whole if len(chosen) == size else Split(whole.images[chosen], whole.labels[chosen])
     train = _sized(train, side, name)
     mean, std = _statistics(train.images)
+    if own_data.is_own(name):
+        own_data.tell_absent(train.labels, class_names, f"{name}: no training image")
+        if validation:
+            own_data.tell_absent(whole.labels[held], class_names, f"{name}: no held-out image")
     return Dataset(
         name=name,
         num_classes=len(class_names),
@@ -159,9 +164,9 @@ def of_config(data: Any) -> Dataset:
     """The data set that the group `data` of a config, or of a saved config's dict, names.
 
     Raises:
-      DataError: as `load`.
+      DataError: as `load`; nothing can be learned from it, as there is one class, or a channel is constant.
     """
-    return load(
+    dataset = load(
         data["name"],
         data_dir=data["data_dir"] or None,
         validation=data["validation"],
@@ -169,6 +174,17 @@ def of_config(data: Any) -> Dataset:
         image_size=data["image_size"],
         train_images=data["train_images"],
     )
+    if dataset.num_classes < 2:
+        raise DataError(
+            f"data.name = {dataset.name}: there is one class only, {dataset.class_names[0]!r}; two at least are needed "
+            "(in a folder: train/CLASS/IMAGE)"
+        )
+    if 0.0 in dataset.std:
+        where = f" in channel {dataset.std.index(0.0)}" if len(dataset.std) > 1 else ""
+        raise DataError(
+            f"data.name = {dataset.name}: all training pixels have one value{where}; is the scale 0 to 255?"
+        )
+    return dataset
 
 
 def check_name(name: str) -> None:

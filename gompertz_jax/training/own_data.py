@@ -1,7 +1,7 @@
 """A user's own images: a folder of them, NumPy arrays in a file, or any TFDS data set of images with labels."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 from .images import Split, check_labels
+from .sharding import say
 
 FORMS = {"folder": "folder:PATH", "arrays": "arrays:FILE.npz", "tfds": "tfds:NAME"}
-LISTED = 10  # images that a message names, at most
+LISTED = 10  # images or classes that a message names, at most
 
 _GREY = {"1", "L"}
 _COLOUR = {"LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -36,7 +37,8 @@ def read(
 ) -> tuple[Split, tuple[str, ...]]:
     """Read all images of a split into memory.
 
-    Reading "train" reads "test" too, and drops it: what is wrong with it is reported before a run, not after.
+    Reading "train" reads "test" too, and drops it: what is wrong with it is reported before a run, not after. Classes
+    without a test image are told.
 
     - `folder:PATH`: `PATH/train/CLASS/*` and `PATH/test/CLASS/*`; classes are the names of the folders, sorted, and the
       order of the images is that of their sorted names. Anything that Pillow opens; turned as EXIF says; grey if all
@@ -76,8 +78,21 @@ def read(
             "data.image_size brings them to one size"
         )
     if split == "train":
-        read(name, "test", data_dir=data_dir, image_size=image_size, like=found.images.shape[1:])
+        test, _ = read(name, "test", data_dir=data_dir, image_size=image_size, like=found.images.shape[1:])
+        tell_absent(test.labels, names, f"{name}: no test image")
     return found, names
+
+
+def tell_absent(labels: np.ndarray, names: Sequence[str], none: str) -> None:
+    """Print a warning that names the classes of which there is no label; `none` begins it."""
+    there = set(labels.tolist())
+    if absent := [name for label, name in enumerate(names) if label not in there]:
+        say(f"warning: {none} is of class {_listed(absent, ', ')}")
+
+
+def _listed(items: Sequence[str], between: str) -> str:
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return between.join(items[:LISTED]) + more
 
 
 def _folder(place: str, split: str, *, image_size: int, grey: bool | None) -> tuple[Split, tuple[str, ...]]:
@@ -94,22 +109,36 @@ def _folder(place: str, split: str, *, image_size: int, grey: bool | None) -> tu
         raise DataError(f"{folders['train']} holds no folder of a class; images are expected as train/CLASS/IMAGE")
     if strangers := sorted(set(classes["test"]) - set(names)):
         raise DataError(f"{folders['test']} has classes that {folders['train']} lacks: {', '.join(strangers)}")
-    paths, labels = [], []
-    for label, name in enumerate(names):
-        files = sorted(path for path in (folders[split] / name).rglob("*") if path.is_file() and path.name[0] != ".")
-        paths += files
-        labels += [label] * len(files)
+    paths, labels = _files(folders[split], names)
     # Pillow decodes outside of Python's lock. A picture is brought to its size as soon as it is decoded: a folder of
     # photographs would not fit into memory as they are.
     with ThreadPoolExecutor() as threads:
         if grey is None:
             grey = all(threads.map(_is_grey, paths))
-        arrays = list(threads.map(partial(_decoded, mode="L" if grey else "RGB", side=image_size), paths))
-    if broken := [f"{path} ({found})" for path, found in zip(paths, arrays, strict=True) if isinstance(found, str)]:
-        more = f" and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
-        raise DataError(f"folder:{place}: cannot be read: {'; '.join(broken[:LISTED])}{more}; repair or remove them")
+        decode = partial(_decoded, mode="L" if grey else "RGB", side=image_size)
+        arrays = list(threads.map(decode, paths))
+        broken = _broken(paths, arrays)
+        if broken and split == "train":  # the test images' are told with them
+            others, _ = _files(folders["test"], names)
+            broken += _broken(others, threads.map(decode, others))
+    if broken:
+        raise DataError(f"folder:{place}: cannot be read: {_listed(broken, '; ')}; repair or remove them")
     images = _stacked([array for array in arrays if not isinstance(array, str)], paths, place)
     return Split(images, np.array(labels, np.int32)), names
+
+
+def _files(folder: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The files of every class in their sorted order, and their labels."""
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(path for path in (folder / name).rglob("*") if path.is_file() and path.name[0] != ".")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels
+
+
+def _broken(paths: Iterable[Path], arrays: Iterable[np.ndarray | str]) -> list[str]:
+    return [f"{path} ({found})" for path, found in zip(paths, arrays, strict=True) if isinstance(found, str)]
 
 
 def _is_grey(path: Path) -> bool:
@@ -175,8 +204,15 @@ def _sized(picture: Image.Image, side: int) -> np.ndarray:
 def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[str, ...]]:
     path = Path(place).expanduser()
     needed = [f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")]
+    if not path.exists():
+        raise DataError(f"data.name: there is no {path}")
     try:
         with path.open("rb") as raw:  # which NumPy would leave open on failure
+            if not raw.read(6).startswith((b"PK", b"\x93NUMPY")):
+                raise DataError(
+                    f"{path} is not an .npz file; np.savez(FILE, {', '.join(f'{key}=...' for key in needed)})"
+                )
+            raw.seek(0)
             file = np.load(raw, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise DataError(f"{path} is one array; np.savez(FILE, {', '.join(f'{key}=...' for key in needed)})")
@@ -188,19 +224,31 @@ def _arrays(place: str, split: str, *, image_size: int) -> tuple[Split, tuple[st
     except DataError:
         raise
     except Exception as error:  # zipfile's, zlib's, NumPy's: whatever a damaged file raises
-        raise DataError(f"arrays:{place}: {path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"{path}: {split}_images is {images.dtype} of shape {images.shape}; it must be uint8, 0 to 255, "
             "[N, height, width, channels] or [N, height, width]"
         )
+    if images.ndim == 4 and images.shape[-1] not in (1, 3, 4) and images.shape[1] in (1, 3, 4):
+        raise DataError(
+            f"{path}: {split}_images is of shape {images.shape}, channels first; it must have the channels last: "
+            "np.moveaxis(images, 1, -1)"
+        )
     for part, found in ((split, labels), ("train", of_training)):
         if not np.issubdtype(found.dtype, np.integer) or found.ndim != 1:
             raise DataError(f"{path}: {part}_labels is {found.dtype} of shape {found.shape}; it must be integers, [N]")
+        if found.min(initial=0) < 0:
+            raise DataError(f"{path}: {part}_labels has {found.min()}; labels start at 0")
     if len(images) != len(labels):
         raise DataError(f"{path}: {len(images):,} {split}_images and {len(labels):,} {split}_labels")
     if given is not None and (given.dtype.kind != "U" or given.ndim != 1):
         raise DataError(f"{path}: class_names is {given.dtype} of shape {given.shape}; it must be strings, [K]")
+    if given is not None and len(given) <= of_training.max(initial=-1):
+        raise DataError(
+            f"{path}: class_names has {len(given)} names, and train_labels goes up to {of_training.max()}; name every "
+            "class from 0 on, or leave class_names out"
+        )
     count = int(of_training.max(initial=-1)) + 1
     names = tuple(map(str, range(count))) if given is None else tuple(map(str, given))
     images = images[..., None] if images.ndim == 3 else images
@@ -238,7 +286,10 @@ def _tfds(
             f"the set where it is: tfds build {place} --file_format=array_record"
         ) from error
     except Exception as error:
-        raise DataError(f"tfds:{place}: {' '.join(str(error).split())[:400]}") from error
+        first, *others = str(error).splitlines() or [""]
+        if "Available datasets" in str(error):  # hundreds of them, and below them those with a name like it
+            others = [line for line in others if line.startswith("Did you mean")]
+        raise DataError(f"tfds:{place}: {' '.join(' '.join([first, *others]).split())[:400]}") from error
     labels = np.array([example["label"] for example in examples], np.int32)
     pictures = (Image.fromarray(np.squeeze(np.asarray(example["image"], np.uint8))) for example in examples)
     images = [_sized(picture, image_size) for picture in pictures]

@@ -139,7 +139,7 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
 
     Raises:
       RunError: a weight is not finite; the accuracy is better with the data's normalisation than with the teacher's
-        own, is that of guessing, or is under the floor.
+        own, is that of guessing, or is under the floor; or the images are of one class.
     """
     for path, leaf in jax.tree.leaves_with_path({"params": teacher.params, "stats": teacher.stats}):
         broken = int((~np.isfinite(np.asarray(leaf))).sum())
@@ -149,6 +149,12 @@ def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh:
                 f"{jax.tree_util.keystr(path)} are NaN or infinite; train it again, or give another teacher.dir"
             )
     split, images = held_out(dataset), judged_on(dataset)
+    if len(set(split.labels.tolist())) == 1:
+        which = "held-out images" if dataset.validation is not None else "training images that it is judged on"
+        raise RunError(
+            f"all {len(split.labels):,} {which} are of class {dataset.class_names[split.labels[0]]!r}, which tells "
+            "nothing about a teacher: hold out others (data.split_seed, data.validation)"
+        )
     evaluate = make_eval_step(mesh=mesh)
 
     def accuracy_of(network: Network) -> float:
