@@ -1,7 +1,9 @@
 """`gompertz-jax`: comparisons, and what is done before and after a run. Single runs are `train.py`."""
 
 import argparse
+import difflib
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand; what its user can change is reported in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of a terminal that is not UTF-8
     parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_import_torch(commands)
@@ -19,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_compare(commands)
     _add_tune(commands)
     _add_report(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     parsed, overrides = parser.parse_known_args(arguments)
     if "config" in parsed:
         parsed.overrides = overrides
@@ -51,11 +59,19 @@ def _add_import_torch(commands: Any) -> None:
 
 
 def _import_torch(parsed: argparse.Namespace) -> None:
-    from .models import CARD, tensor_files, torch_layouts
+    from .models import CARD, names, tensor_files, torch_layouts
     from .training.teacher import save_network
 
     if (parsed.out / CARD).exists():
         raise ValueError(f"{parsed.out} holds a network already; give another --out")
+    if not parsed.file.is_file():
+        raise ValueError(f"there is no {parsed.file}")
+    if parsed.model not in names():
+        near = difflib.get_close_matches(parsed.model, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
+        raise ValueError(f"--model {parsed.model}: is unknown; {hint}")
+    if (parsed.mean is None) != (parsed.std is None):
+        raise ValueError(f"--{'mean' if parsed.mean is None else 'std'} is missing: give both or neither")
     options = {}
     for option in parsed.option:
         key, equals, value = option.partition("=")

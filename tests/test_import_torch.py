@@ -247,8 +247,23 @@ def test_the_command_writes_what_models_load_reads(tmp_path, capsys):
     assert json.loads((out / "network.json").read_text())["imported"]["layout"] == "repdistiller"
     with pytest.raises(SystemExit, match="holds a network already"):
         cli.main([*arguments, "--mean", "0.5", "--std", "0.25"])
-    with pytest.raises(SystemExit, match="did you mean 'resnet8'"):
-        cli.main([*arguments[:3], "resnet-8", "--out", str(tmp_path / "other")])
+    other = ["--out", str(tmp_path / "other")]
+    for given, message in (
+        ([*arguments[:3], "resnet-8", *other], "error: --model resnet-8: is unknown; did you mean 'resnet8'?"),
+        (["import-torch", "no.pth", *arguments[2:4], *other], "error: there is no no.pth"),
+        ([*arguments[:4], *other, "--mean", "0.5"], "error: --std is missing: give both or neither"),
+        (
+            [*arguments[:4], *other, *["--mean", "0.5", "0.5"], "--std", "0.5"],
+            "error: mean: 2 numbers, and the channels of this network's images are 3; "
+            "give one number, or one for each channel (--mean)",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(given)
+        assert str(stopped.value) == message
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2 and "a PyTorch checkpoint -> " in capsys.readouterr().err
 
 
 # Against PyTorch

@@ -131,7 +131,7 @@ def test_only_logging_evaluation_and_retention_may_change(whole, copy, capsys):
     assert result["test_accuracy_last"] == again["test_accuracy_last"]
 
 
-def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
+def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path, monkeypatch):
     changes = {"init_from": str(whole), "teacher.dir": str(whole / "teacher"), "recipe.learning_rate": 1e-30}
     taught = {path: path.read_bytes() for path in (whole / "teacher").rglob("*") if path.is_file()}
     loop.train_and_evaluate(small_config(**changes), tmp_path / "run")
@@ -139,8 +139,15 @@ def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path):
     networks = [load_network(directory) for directory in (whole, tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
     with pytest.raises(RunError, match=r"init_from = '.*teacher': its network has \("):
-        loop.train_and_evaluate(small_config(**changes | {"init_from": str(whole / "teacher")}), tmp_path / "other")
-    assert not (tmp_path / "other" / "config.json").exists()
+        loop.begun_from(whole / "teacher", networks[0])
+    monkeypatch.setattr(loop, "of_config", None)  # what follows is said before the data are read
+    for other, message in (
+        ({"init_from": "nowhere"}, "init_from = 'nowhere': directory nowhere holds no trained network"),
+        ({"init_from": str(whole / "teacher")}, r"init_from = '.*': its network is a \w+ and the student a \w+; give"),
+    ):
+        with pytest.raises(RunError, match=message):
+            loop.train_and_evaluate(small_config(**changes | other), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_compiled_program_that_a_kill_cut_short_is_compiled_again(tmp_path):

@@ -1,5 +1,6 @@
 """Devices and processes: however many there are, the same training; and what the shell says when they do not fit."""
 
+import io
 import json
 import os
 import re
@@ -316,3 +317,10 @@ def test_a_frozen_teacher_of_loops_is_stored_on_eight_devices_as_it_speaks_on_on
     found = np.load(eight / "stored.npz")
     assert found["loops"] == 1 and found["found"].shape == (1338, 10)
     np.testing.assert_allclose(found["found"], found["plain"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_output_cannot_show_ends_no_run(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    sharding.say("┌ 5 ± 1 ┐")
+    assert output.buffer.getvalue() == b"? 5 ? 1 ?\n"

@@ -269,6 +269,11 @@ def from_state_dict(
         )
     for key, given, default in (("mean", mean, 0), ("std", std, 1)):
         values = np.asarray(known[default] if given is None and known else given, np.float64)
+        if values.shape not in ((), (1,), (card["in_channels"],)):
+            raise ValueError(
+                f"{key}: {values.size} numbers, and the channels of this network's images are {card['in_channels']}; "
+                f"give one number, or one for each channel (--{key})"
+            )
         card[key] = np.broadcast_to(values, card["in_channels"]).tolist()
     network = from_card(card)
 

@@ -82,6 +82,8 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
     check_config(config)
     if config.teacher.dir:
         on_main(lambda: read_card(_teacher_directory(config)))
+    if config.init_from:
+        on_main(lambda: check_beginning(config))
     content = frozen(config)
     already = on_main(lambda: finished(workdir, RESULT, content))
     if already is not None:
@@ -206,6 +208,19 @@ def evaluated_otherwise(workdir: Path, content: Mapping[str, Any]) -> list[str]:
     if changes:
         say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
     return changes
+
+
+def check_beginning(config: Config) -> None:
+    """Refuse an `init_from` without a network, or with one of another model than the student's."""
+    try:
+        model = read_card(Path(config.init_from).expanduser())["model"]
+    except RunError as error:
+        raise RunError(f"init_from = {config.init_from!r}: {error}") from error
+    if model != config.student.model:
+        raise RunError(
+            f"init_from = {config.init_from!r}: its network is a {model} and the student a {config.student.model}; "
+            "give a network of the same model, options and classes"
+        )
 
 
 def begun_from(directory: Path, student: Network) -> Network:

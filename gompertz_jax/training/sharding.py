@@ -8,6 +8,7 @@ through JAX's coordination service: no process looks at a file that another one 
 import itertools
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -158,9 +159,10 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line, once however many processes there are."""
+    """Print a line, once however many processes there are; "?" stands for what the encoding of the output lacks."""
     if is_main():
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def on_main(work: Callable[[], T]) -> T:
