@@ -24,13 +24,13 @@ flags.mark_flag_as_required("config")
 def parse(arguments: list[str]) -> list[str]:
     """Parse flags; what is wrong with them, or with the config file, is reported in one line."""
     logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and failures with tracebacks
-    given = re.search(r"(?:^|\n)--?config[=\n](.*)", "\n".join(arguments))
+    given = ["", *re.findall(r"(?:^|\n)--?config[=\n](.*)", "\n".join(arguments))]
     try:
         rest = flags.FLAGS(arguments)
     except Exception as error:  # whatever a config file leads to
         if isinstance(error, flags.Error) and not any(argument.startswith("--config") for argument in arguments):
             sys.exit("error: --config=FILE is missing; the experiments that come with this are in configs/")
-        sys.exit(f"error: {config_error(error, given[1] if given else '')}")
+        sys.exit(f"error: {config_error(error, given[-1])}")
     if not isinstance(_CONFIG.value, ConfigDict):
         sys.exit(f"error: {config_fault(config_flags.get_config_filename(flags.FLAGS['config']))}")
     return rest

@@ -181,7 +181,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
     ("arguments", "message"),
     [
         (["--config.recipe.epoch=3"], "there is no key 'epoch'; did you mean 'epochs'?"),
-        (["--config.recipe.epochs=many"], "error: flag --config.recipe.epochs=many: invalid literal"),
+        (["--config.recipe.epochs=many"], "error: --config.recipe.epochs=many: must be an integer"),
         (
             ["--config.objective.terms.kd.other=1"],
             "there is no key 'other'; the command line changes keys of the config file, new ones go into the file",
@@ -190,6 +190,10 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_work(tmp_path):
         (["--config.objective.terms.kd.temperature=0"], "must stay above 0"),
         (["stray"], "unexpected argument 'stray'"),
         (["--config=nowhere.py"], "there is no file nowhere.py"),
+        (
+            [f"--config={ROOT}/configs/digits.py:foo", "--config.seed=3"],
+            "configs/digits.py takes no variant, got ':foo'",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_clear_line(tmp_path, arguments, message):
