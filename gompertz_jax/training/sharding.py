@@ -161,7 +161,7 @@ def is_main() -> bool:
 def say(text: str) -> None:
     """Print a line, once however many processes there are; "?" stands for what the encoding of the output lacks."""
     if is_main():
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
