@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 from .._checks import Scalar, checked, finite_number, fraction_from_zero, positive_number
 from .._numerics import cosine_distance, raised
 
+# Ten terms of the exponential series are exact to float64 below it, and nothing much cancels above.
+_SERIES_BELOW = 0.1
+
 
 @checked
 def soft_target_kl(
@@ -393,12 +396,27 @@ def _centered(x: Array) -> Array:
 
 
 def _divergence(student: Array, teacher: Array) -> Array:
-    """KL(teacher || student) of the distributions with these logits over the last axis."""
-    student_log_probs, teacher_log_probs = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    teacher_probs = jnp.exp(teacher_log_probs)
-    # 0 ln 0 = 0, also where a class is masked and the logarithm is minus infinity.
-    log_ratio = jnp.where(teacher_probs > 0, teacher_log_probs - student_log_probs, 0.0)
-    return jnp.sum(teacher_probs * log_ratio, axis=-1)
+    """KL(teacher || student) of the distributions with these logits over the last axis; never negative."""
+    student_total, teacher_total = (jax.nn.logsumexp(z, axis=-1, keepdims=True) for z in (student, teacher))
+    student_probs, teacher_probs = jnp.exp(student - student_total), jnp.exp(teacher - teacher_total)
+    # p ln(p / q) has either sign and cancels in the sum where p and q are nearly equal. Since p and q both sum to 1,
+    # p (ln(p / q) + q / p - 1) has the same sum, and none of its terms is negative.
+    is_likely = teacher_probs >= jnp.finfo(teacher.dtype).tiny
+    # Differences first: they are exact where the logits nearly agree, and of an error in the totals' only the square
+    # enters the sum.
+    log_ratio = jnp.where(is_likely, teacher - student, 0.0) - (teacher_total - student_total)
+    terms = teacher_probs * _above_tangent(jnp.where(is_likely, log_ratio, 0.0))
+    return jnp.sum(jnp.where(is_likely, terms, student_probs), axis=-1)
+
+
+def _above_tangent(x: Array) -> Array:
+    """`x + exp(-x) - 1`, which is about x^2 / 2 near 0, to full relative precision there."""
+    is_small = jnp.abs(x) < _SERIES_BELOW
+    small, large = jnp.where(is_small, x, 0.0), jnp.where(is_small, 1.0, x)
+    series = 1.0 - small / 10
+    for n in range(9, 2, -1):
+        series = 1.0 - small / n * series
+    return jnp.where(is_small, 0.5 * jnp.square(small) * series, large + jnp.expm1(-large))
 
 
 def check_labels(labels: Array, logits: Array) -> None:
