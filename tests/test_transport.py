@@ -326,6 +326,71 @@ def test_logits_examples_and_gradients_that_are_not_there():
         jax.jit(jax.hessian(lambda s: gj.wasserstein_logits(s, teacher[0, 0], cost))).lower(student[0, 0])
 
 
+@pytest.mark.parametrize("label", [None, 2])
+def test_the_derivative_with_respect_to_the_temperature_has_both_networks_in_it(label):
+    student, teacher, cost = logits_and_cost()
+    kept = np.arange(5) != label
+
+    def reference(temperature):
+        q, p = (scipy.special.softmax(logits[kept] / temperature) for logits in (student, teacher))
+        return reference_weighted(cost[np.ix_(kept, kept)], q, p, 0.1 * cost.mean())
+
+    with jax.enable_x64(True):
+        derivative = jax.jit(
+            jax.grad(
+                lambda temperature: gj.wasserstein_logits(
+                    jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(cost), temperature=temperature,
+                    labels=None if label is None else jnp.asarray(label), epsilon=0.1, **TO_CONVERGENCE,
+                )
+            )
+        )(3.0)  # fmt: skip
+    expected = (reference(3.0 + 1e-4) - reference(3.0 - 1e-4)) / 2e-4
+    np.testing.assert_allclose(derivative, expected, rtol=1e-6)
+
+
+def weighted(weight):
+    return lambda x, y: weight * ((x[:, None] - y[None]) ** 2).sum(-1)
+
+
+def test_a_cost_that_reads_what_is_differentiated_is_refused_and_not_constant():
+    x, y = (jnp.asarray(cloud, jnp.float32) for cloud in clouds(20, 4, 5, 3))
+    distance = lambda w, x: gj.sinkhorn_distance(x, y, cost=weighted(w))  # noqa: E731
+    scanned = lambda w: jax.lax.scan(lambda total, _: (total + distance(w, x), None), 0.0, None, length=2)[0]  # noqa: E731
+    for differentiated in (
+        jax.grad(distance),
+        jax.grad(distance, argnums=(0, 1)),
+        jax.jit(jax.grad(distance)),
+        jax.grad(jax.jit(distance)),
+        jax.grad(jax.checkpoint(distance)),
+        lambda w, x: jax.vmap(jax.grad(distance), in_axes=(0, None))(w[None], x),
+        lambda w, x: jax.grad(lambda w: jax.vmap(distance, in_axes=(0, None))(w[None], x).sum())(w),
+        lambda w, x: jax.grad(scanned)(w),
+    ):
+        with pytest.raises(NotImplementedError, match=r"cost function .*stop_gradient"):
+            differentiated(jnp.float32(2.0), x)
+
+
+def test_a_cost_that_reads_a_constant_has_its_gradient_in_every_transformation():
+    x, y = (jnp.asarray(cloud, jnp.float32) for cloud in clouds(20, 4, 5, 3))
+    expected = 2.0 * jax.grad(lambda x: gj.sinkhorn_distance(x, y))(x)
+
+    def distance(w, x):
+        return gj.sinkhorn_distance(x * w / 2.0, y * w / 2.0, cost=weighted(jax.lax.stop_gradient(w)))
+
+    constant = lambda w, x: gj.sinkhorn_distance(x, y, cost=weighted(jax.lax.stop_gradient(w)))  # noqa: E731
+    two = jnp.float32(2.0)
+    batched = lambda w, x: jax.vmap(constant, in_axes=(None, 0))(w, x[None]).sum()  # noqa: E731
+    stepped = lambda w, x: jax.lax.scan(lambda w, _: (w, constant(w, x)), w, None, length=1)[1].sum()  # noqa: E731
+    branched = lambda w, x: jax.lax.cond(w > 0, constant, lambda w, x: x.sum(), w, x)  # noqa: E731
+    for function in (constant, distance, jax.jit(constant), jax.checkpoint(constant), batched, stepped, branched):
+        to_weight, gradient = jax.grad(function, argnums=(0, 1))(two, x)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5)
+        assert function is distance or to_weight == 0.0
+        np.testing.assert_allclose(jax.jit(jax.grad(function, argnums=1))(two, x), gradient, rtol=1e-3, atol=1e-5)
+    _, tangent = jax.jvp(stepped, (two, x), (two, x))
+    np.testing.assert_allclose(tangent, (expected * x).sum(), rtol=1e-3)
+
+
 def test_the_minimum_over_the_student_is_near_the_teacher():
     _, teacher, cost = (jnp.asarray(array, jnp.float32) for array in logits_and_cost())
     loss = jax.grad(lambda s: gj.wasserstein_logits(s, teacher, cost, threshold=1e-6))

@@ -32,6 +32,7 @@ class Transport(NamedTuple):
       value: value of the dual problem, `[B]`: a lower bound.
       plan: how much goes from where to where, `[B, n, m]`.
       potentials: derivative of the value with respect to the weights of the rows, up to a constant, `[B, n]`.
+      column_potentials: the same for the weights of the columns, `[B, m]`.
       converged: whether the marginal error fell below the threshold, `[B]`.
       iterations: number of iterations that were run, `[B]`.
       marginal_error: the larger one of the two distances of the plan's marginals from what they should be, each summed
@@ -41,6 +42,7 @@ class Transport(NamedTuple):
     value: Float[Array, " batch"]
     plan: Float[Array, "batch n m"]
     potentials: Float[Array, "batch n"]
+    column_potentials: Float[Array, "batch m"]
     converged: Bool[Array, " batch"]
     iterations: Int[Array, " batch"]
     marginal_error: Float[Array, " batch"]
@@ -120,6 +122,7 @@ def solve(
         value=paid + epsilon * (1.0 - jnp.sum(rows, axis=-1)),
         plan=plan,
         potentials=f,
+        column_potentials=g,
         converged=converged,
         iterations=iterations,
         marginal_error=jnp.maximum(

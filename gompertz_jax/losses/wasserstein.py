@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import Scalar, checked, positive_count, positive_number
@@ -119,8 +120,9 @@ def sinkhorn_distance(
         does not resolve the plan.
       cost: "squared_euclidean"; "cosine", :math:`C_{ij} = 1 - \cos(x_i, y_j)`, where a zero vector has the cost 1 and
         the gradient 0; or a function of one pair of clouds, `cost(x [n, d], y [m, d]) -> [n, m]`, without a batch,
-        non-negative, and depending on nothing else that changes. It is compiled once for each function object: pass
-        the same one again. `debiased` needs a symmetric one.
+        non-negative, and depending on nothing else that changes or is differentiated. It is compiled once for each
+        function object: pass the same one again. A bound method counts as the same function, so its object must not
+        change. `debiased` needs a symmetric one.
       marginal_penalty: :math:`\rho` relative to the mean cost, positive, or None for balanced transport; may be traced.
         Values above 1e-3 / machine epsilon (8e3 in float32) are reduced to that.
       debiased: subtract the self terms.
@@ -137,7 +139,8 @@ def sinkhorn_distance(
     Raises:
       ValueError: if the shapes do not fit, a cloud is empty, `cost` is unknown or returns another shape, or `epsilon`,
         `marginal_penalty`, `threshold` or `max_iterations` is not positive.
-      NotImplementedError: if it is differentiated twice with respect to `x`.
+      NotImplementedError: if it is differentiated twice with respect to `x`, or with respect to an array that `cost`
+        reads.
 
     Examples:
       >>> import jax.numpy as jnp, gompertz_jax as gj
@@ -325,10 +328,20 @@ def _with_gradient(x: Array, value: Array, gradient: Array) -> Array:
     return value
 
 
-@_with_gradient.defjvp
-def _with_gradient_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _with_gradient_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
     x, value, gradient = primals
-    return value, jnp.sum(_first_order(gradient, x) * tangents[0], axis=tuple(range(value.ndim, x.ndim)))
+    to_x, *others = tangents
+    if not all(isinstance(tangent, SymbolicZero) for tangent in others):
+        raise NotImplementedError(
+            "the cost function of an entropic transport reads an array that is differentiated, and would silently get "
+            "no gradient for it: keep it constant, jax.lax.stop_gradient(array), or make it part of the points x"
+        )
+    if isinstance(to_x, SymbolicZero):
+        return value, jnp.zeros_like(value)
+    return value, jnp.sum(_first_order(gradient, x) * to_x, axis=tuple(range(value.ndim, x.ndim)))
+
+
+_with_gradient.defjvp(_with_gradient_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp
@@ -465,9 +478,9 @@ def wasserstein_logits(
     whose first part (at temperature 1) is `target_cross_entropy`, and whose second is this function with `labels`.
 
     The gradient with respect to the student's logits is :math:`q \, (f - \langle q, f \rangle) / T` with the optimal
-    potential `f` (envelope theorem). Neither the teacher nor `class_cost` receives a gradient; second derivatives
-    raise. The minimum over the student is near :math:`q = p` but not exactly there: transport is regularised, and its
-    gradient is accurate only to `threshold`.
+    potential `f` (envelope theorem); that with respect to the temperature has the teacher's part too. Neither the
+    teacher nor `class_cost` receives a gradient; second derivatives raise. The minimum over the student is near
+    :math:`q = p` but not exactly there: transport is regularised, and its gradient is accurate only to `threshold`.
 
     Published: ResNet-32x4 to ResNet-8x4 on CIFAR-100 with :math:`T = 8` and :math:`\lambda = 800`, decaying by a half
     cosine after epoch 150 of 240, next to the cross-entropy of weight 1. The reference code runs 10 iterations that are
@@ -522,40 +535,41 @@ def wasserstein_logits(
     student, teacher, cost = raised(
         student_logits, jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(class_cost)
     )
+    batch = student.shape[:-1]
+    scores = jnp.stack([student, teacher], axis=-2) / jnp.asarray(temperature, student.dtype)
     is_legal: bool | Array = True
     if labels is not None:
         is_target = labels[..., None] == jnp.arange(classes)
         is_legal = jnp.any(is_target, axis=-1)
-        student, teacher = (jnp.where(is_target, -jnp.inf, logits) for logits in (student, teacher))
-    temperature = jnp.asarray(temperature, student.dtype)
-    student, teacher = (jax.nn.softmax(logits / temperature) for logits in (student, teacher))
-    constant = partial(_constant, dtype=student.dtype)
-    batch = student.shape[:-1]
+        # After the division: the derivative of minus infinity over T is not a number.
+        scores = jnp.where(is_target[..., None, :], -jnp.inf, scores)
+    probs = jax.nn.softmax(scores)
+    constant = partial(_constant, dtype=probs.dtype)
     value, gradient, diagnostics = _transport_of_weights(
         cost,
-        jax.lax.stop_gradient(student).reshape(-1, classes),
-        teacher.reshape(-1, classes),
+        jax.lax.stop_gradient(probs).reshape(-1, 2, classes),
         constant(epsilon),
         constant(threshold),
         max_iterations=max_iterations,
     )
     value = jnp.where(is_legal, value.reshape(batch), jnp.nan)
-    value = _with_gradient(student, value, gradient.reshape(student.shape))
+    value = _with_gradient(probs, value, gradient.reshape(probs.shape))
     return _with_diagnostics(value, diagnostics) if return_diagnostics else value
 
 
 @partial(jax.jit, static_argnames=("max_iterations",))
 def _transport_of_weights(
-    cost: Array, a: Array, b: Array, epsilon: Array, threshold: Array, *, max_iterations: int
+    cost: Array, weights: Array, epsilon: Array, threshold: Array, *, max_iterations: int
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
-    """Value `[B]`, derivative with respect to a `[B, K]`, and diagnostics of weights `[B, K]` on common points."""
+    """Value `[B]`, its derivative, and diagnostics of pairs of weights `[B, 2, K]` on common points."""
     scale = jnp.maximum(jnp.mean(cost), jnp.finfo(cost.dtype).tiny)
     solution = solve(
         (cost / scale)[None],
         epsilon=resolvable(epsilon),
         threshold=threshold,
         max_iterations=max_iterations,
-        weights=(a, b),
+        weights=(weights[:, 0], weights[:, 1]),
     )
     diagnostics = solution.converged, solution.iterations, solution.marginal_error
-    return scale * solution.value, scale * solution.potentials, diagnostics
+    potentials = jnp.stack([solution.potentials, solution.column_potentials], axis=1)
+    return scale * solution.value, scale * potentials, diagnostics
