@@ -156,3 +156,23 @@ def test_extremes_give_finite_values_and_gradients(name):
         assert np.isfinite(values.astype(jnp.float32)).all(), label
         for argument, gradient in gradients.items():
             assert np.isfinite(gradient.astype(jnp.float32)).all(), f"{label}: {argument}"
+
+
+@pytest.mark.parametrize("name", ["relational_distance", "relational_angle", "sinkhorn_distance", "wasserstein_logits"])
+def test_a_loss_with_a_loop_compiles_once_outside_of_jit_too(name):
+    compiled = []
+
+    def listener(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    arguments = [make(array) for array, make in (ARGUMENTS[each](Case()) for each in needed(LOSSES[name]))]
+    LOSSES[name](*arguments)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        LOSSES[name](*arguments)
+        assert compiled == []
+        jax.jit(lambda x: x + 1.5)(arguments[0])
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)

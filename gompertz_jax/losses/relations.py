@@ -317,16 +317,7 @@ def relational_angle(
       pooled features; see `relational_distance`. The reference code takes the mean over all B^3 triplets, as here,
       degenerate ones included.
     """
-    student, teacher = _vectors(student_features, teacher_features)
-
-    def value_at(student_anchor: Array, teacher_anchor: Array) -> Array:
-        student_cosines, teacher_cosines = (
-            matmul(directions, directions.T)
-            for directions in (unit_vectors(student - student_anchor), unit_vectors(teacher - teacher_anchor))
-        )
-        return jnp.mean(optax.losses.huber_loss(student_cosines - teacher_cosines))
-
-    return _over_anchors(value_at, student, teacher)
+    return _angle_differences(*_vectors(student_features, teacher_features))
 
 
 @checked
@@ -498,6 +489,8 @@ def _gram_distance(student: Float[Array, "rows width"], teacher: Float[Array, "r
     return jnp.sum(jnp.square(matmul(student, student.T) - matmul(teacher, teacher.T)), axis=-1)
 
 
+# This and the next are compiled on their own: outside of jit a loop over new closures is compiled at every call.
+@jax.jit
 def _relative_distances(x: Float[Array, "batch width"]) -> Float[Array, "batch batch"]:
     """Distances between all vectors over their mean; 0 where all of them coincide."""
 
@@ -510,6 +503,22 @@ def _relative_distances(x: Float[Array, "batch width"]) -> Float[Array, "batch b
     distances = _over_anchors(distances_from, x)
     mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
     return distances / jnp.where(mean == 0.0, 1.0, mean)
+
+
+@jax.jit
+def _angle_differences(
+    student: Float[Array, "batch width"], teacher: Float[Array, "batch other_width"]
+) -> Float[Array, " batch"]:
+    """Mean difference between both networks' cosines at every vector."""
+
+    def value_at(student_anchor: Array, teacher_anchor: Array) -> Array:
+        student_cosines, teacher_cosines = (
+            matmul(directions, directions.T)
+            for directions in (unit_vectors(student - student_anchor), unit_vectors(teacher - teacher_anchor))
+        )
+        return jnp.mean(optax.losses.huber_loss(student_cosines - teacher_cosines))
+
+    return _over_anchors(value_at, student, teacher)
 
 
 def _over_anchors(function: Callable[..., Array], *vectors: Float[Array, "batch _"]) -> Float[Array, "batch ..."]:
