@@ -5,6 +5,7 @@ first use: `gompertz_jax.sinkhorn_distance` and `gompertz_jax.models` are looked
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .losses.closed_forms import gaussian_wasserstein as gaussian_wasserstein
@@ -93,6 +94,18 @@ _LAZY = {
     "wasserstein_logits": (".losses.wasserstein", "wasserstein_logits"),
 }
 
+_NOT_OURS = {"importlib", "Any", "ModuleType", "TYPE_CHECKING"}
+
+# What `from gompertz_jax import *` gives: all of the above, and none of the modules that importing them has loaded.
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *(
+        name
+        for name, value in globals().items()
+        if not name.startswith("_") and name not in _NOT_OURS and not isinstance(value, ModuleType)
+    ),
+    *_LAZY,
+]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
@@ -105,4 +118,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY} - {"importlib", "Any", "TYPE_CHECKING"})
+    return sorted({*globals(), *_LAZY} - _NOT_OURS)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import jax
@@ -68,8 +68,13 @@ def compiled(function: Callable[P, R], **options: Any) -> Any:
 
     JAX refuses what it cannot take before the function, and with it the check, is traced. So after a call has failed
     the check is repeated, on the trees' leaves too; a call that succeeds costs nothing.
+
+    Raises:
+      TypeError, ValueError: as `checked`; an array of the donated argument is in another one, too.
     """
     signature = inspect.signature(function)
+    donated = options.get("donate_argnums")
+    assert donated is None or isinstance(donated, int)
     function = checked(function)
     program = jax.jit(function, **options)
 
@@ -78,7 +83,10 @@ def compiled(function: Callable[P, R], **options: Any) -> Any:
         try:
             return program(*args, **kwargs)
         except jax.errors.JaxRuntimeError:
-            raise  # the program ran: its arguments were accepted, and may be donated by now
+            # The program's arguments were accepted, and may be donated by now.
+            if donated is not None:
+                _check_not_shared(signature.bind(*args, **kwargs).arguments, [*signature.parameters][donated])
+            raise
         except Exception:
             try:
                 for name, value in signature.bind(*args, **kwargs).arguments.items():
@@ -128,6 +136,18 @@ def check_leaves(name: str, tree: Any, *, or_shapes: bool = False) -> None:
             raise TypeError(f"{place} must be an array of numbers, got {shown(leaf)}")
         if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
             raise ValueError(f"{place} was donated to an earlier call: pass on what that call returned in its place")
+
+
+def _check_not_shared(arguments: Mapping[str, Any], donated: str) -> None:
+    """Refuse arguments of which another one holds an array of the donated one, itself and not a copy of it."""
+    given = {id(leaf) for leaf in jax.tree.leaves(arguments[donated])}
+    for name, value in arguments.items():
+        for path, leaf in jax.tree.leaves_with_path(value) if name != donated else ():
+            if id(leaf) in given:
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} shares an array with {donated}, which is donated: "
+                    f"pass a copy, jax.tree.map(jnp.copy, {name})"
+                ) from None
 
 
 def shown(value: Any) -> str:
@@ -257,6 +277,16 @@ def positive_number(name: str, value: Scalar) -> float | Array:
     """`finite_number`, and positive."""
     return finite_number(
         name, value, legal="a positive number within float32's range", accept=lambda number: number >= _SMALLEST
+    )
+
+
+def temperature_number(name: str, value: Scalar) -> float | Array:
+    """`positive_number` whose square, the factor of a loss at that temperature, is finite, too."""
+    return finite_number(
+        name,
+        value,
+        legal="a positive number whose square is within float32's range",
+        accept=lambda number: number >= _SMALLEST and number * number <= _LARGEST,
     )
 
 

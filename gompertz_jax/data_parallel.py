@@ -34,11 +34,13 @@ def spread_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, 
     """Declare that a batch's leading axis is spread over the devices.
 
     Raises:
-      ValueError: the batch does not divide by the number of devices.
+      ValueError: an entry of the batch has no leading axis, or one that does not divide by the number of devices.
     """
     if mesh is None or mesh.size == 1:
         return batch
     for name, values in batch.items():
+        if values.ndim == 0:
+            raise ValueError(f"{name} of a batch must have one row per image to be spread over devices, got a scalar")
         if values.shape[0] % mesh.size:
             raise ValueError(
                 f"a batch of {values.shape[0]} ({name}) does not divide by {mesh.size} devices: "

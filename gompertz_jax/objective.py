@@ -260,10 +260,12 @@ def evaluate(
     """
     raws, weights, metrics = [], [], {}
     for term in objective.terms:
-        scheduled = {name: value_at(schedule, step, progress) for name, schedule in term.schedules.items()}
+        of_term = partial(_one_number, term.name, step=step, progress=progress)
+        scheduled = {name: of_term(name, schedule) for name, schedule in term.schedules.items()}
         known = {"of_teacher": parts[term.name]} if parts and term.name in parts else {}
         values, diagnostics = _returned(term.name, term.loss(record, **scheduled, **known))
-        raw, weight = values.mean().astype(jnp.float32), jnp.asarray(value_at(term.weight, step, progress), jnp.float32)
+        raw = values.mean().astype(jnp.float32)
+        weight = jnp.asarray(of_term("weight", term.weight), jnp.float32)
         raws.append(raw)
         weights.append(weight)
         metrics |= {f"{term.name}/raw": raw, f"{term.name}/weight": weight, f"{term.name}/weighted": weight * raw}
@@ -272,14 +274,25 @@ def evaluate(
     return Evaluation(jnp.stack(raws), jnp.stack(weights), jax.lax.stop_gradient(metrics))
 
 
+def _one_number(term: str, name: str, schedule: Schedule | ByProgress, *, step: Any, progress: Any) -> Any:
+    value = value_at(schedule, step, progress)
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name!r} of the term {term!r} must be one number at a step, got an array of shape {np.shape(value)}"
+        )
+    return value
+
+
 def _returned(term: str, result: Any) -> tuple[Any, Mapping[str, Any]]:
     """Values and diagnostics from what a loss returned, checked, since the loss may be a user's own."""
     values, diagnostics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    named = diagnostics if isinstance(diagnostics, Mapping) else {"the diagnostics": diagnostics}
-    for name, array in {"the values": values, **named}.items():
-        if not isinstance(array, jax.Array | np.ndarray | np.generic):
-            raise TypeError(
-                f"the loss of the term {term!r} must return values, an array, or a pair of them and "
-                f"{{name: array}}, got {shown(array)} for {name}"
-            )
+    named = {"the values": values} | (dict(diagnostics) if isinstance(diagnostics, Mapping) else {})
+    wrong = {name: array for name, array in named.items() if not isinstance(array, jax.Array | np.ndarray | np.generic)}
+    if not isinstance(diagnostics, Mapping):
+        wrong["the diagnostics"] = diagnostics
+    for name, array in wrong.items():
+        raise TypeError(
+            f"the loss of the term {term!r} must return values, an array, or a pair of them and "
+            f"{{name: array}}, got {shown(array)} for {name}"
+        )
     return values, diagnostics

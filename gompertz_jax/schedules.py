@@ -538,7 +538,12 @@ def _values(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
     # vmap shows the schedule the scalar step that the training step shows it; compile-time evaluation makes this work
     # inside a function that is being traced, too.
     with jax.ensure_compile_time_eval():
-        return np.asarray(jax.vmap(partial(_one_value, schedule))(jnp.asarray(steps)), np.float64)
+        values = jax.vmap(partial(_one_value, schedule))(jnp.asarray(steps))
+    if is_traced(values):
+        raise ValueError(
+            "the mean of a schedule is a number known before tracing, and a parameter of schedule or weights is traced"
+        )
+    return np.asarray(values, np.float64)
 
 
 def _one_value(schedule: Schedule, step: Array) -> Array:

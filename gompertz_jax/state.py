@@ -64,7 +64,8 @@ def init_state(
 
     Args:
       student: its arrays are copied, since the step donates the state.
-      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
+      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}` that needs no `value_fn`
+        (not `lbfgs`); of a wrapper such as `MultiSteps`, its `gradient_transformation()`.
       objective: defines the projections.
       image_shape: `(height, width, channels)`.
       teacher: needed when the objective has projections.
@@ -73,11 +74,23 @@ def init_state(
 
     Returns:
       A TrainState at step 0.
+
+    Raises:
+      TypeError: an argument has the wrong type, or a parameter of the student is not floating-point.
+      ValueError: `image_shape` is not three positive integers, or the objective has projections and there is no
+        teacher.
     """
     check_objective(objective)
     check_optimizer(optimizer)
     check_leaves("student", student)
     check_leaves("teacher", teacher)
+    for path, leaf in jax.tree.leaves_with_path(student.params):
+        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
+            place = f"student.params{jax.tree_util.keystr(path)}"
+            raise TypeError(
+                f"{place} must be floats to be trained, got {jax.typeof(leaf).dtype}: put counters and tables of "
+                "integers into the network's `stats`"
+            )
     if len([positive_count("image_shape", side) for side in image_shape]) != 3:
         raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
     projections, projection_stats = {}, {}

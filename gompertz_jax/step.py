@@ -301,13 +301,16 @@ def make_learn(
     """The step of one student on a batch that is already made; `make_train_step` documents the options."""
     if term_gradients_every is not None:
         term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
+    update = optax.with_extra_args_support(optimizer).update
     pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh)
 
     def learn(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         pulled = pull(state, teaching, batch, key)
         gradient = pulled.gradient
+        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
+        loss = weighted.sum()
         trainable = {"student": state.params, "projections": state.projections}
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+        updates, opt_state = update(gradient, state.opt_state, trainable, value=loss, grad=gradient)
         trained: Any = optax.apply_updates(trainable, updates)
         new = state._replace(
             step=state.step + 1,
@@ -322,20 +325,19 @@ def make_learn(
             decay = jnp.minimum(average_decay, (1.0 + new.step) / (10.0 + new.step))
             new = new._replace(average=_averaged((new.params, new.stats), state.average, decay))
         gradient_norm = optax.tree.norm(gradient)
-        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
         kept = _accepted(new, state, weighted, gradient_norm)
         metrics = pulled.metrics | {
-            name: jnp.asarray(schedule(state.step)) for name, schedule in logged_schedules.items()
-        }
-        metrics |= {
-            "loss": weighted.sum(),
+            "loss": loss,
             "gradient_norm": gradient_norm,
             "step": state.step,
             **({"progress": state.progress["progress"]} if state.progress else {}),
             "failed_term": kept.failed_term,
             "failed_step": kept.failed_step,
         }
-        return kept, metrics
+        if taken := sorted(metrics.keys() & logged_schedules.keys()):
+            raise ValueError(f"logged_schedules must have other names than the step's own metrics, got {taken}")
+        logged = {name: jnp.asarray(schedule(state.step)) for name, schedule in logged_schedules.items()}
+        return kept, metrics | logged
 
     return learn
 
@@ -376,7 +378,9 @@ def make_train_step(
 
     Args:
       student: its `apply`, `mean` and `std` are compiled in; its arrays live in the state.
-      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}`.
+      optimizer: any Optax transformation over the tree `{"student": ..., "projections": ...}` that needs no `value_fn`
+        (not `lbfgs`); of a wrapper such as `MultiSteps`, its `gradient_transformation()`. One that reads the loss of
+        the step (`contrib.reduce_on_plateau`, `polyak_sgd`) gets the weighted sum of the terms.
       objective: terms and projections.
       make_batch: `(data, step) -> {"image": [B, h, w, c] in [0, 1], "label": [B]}`, run inside the program; by default
         `data` is the batch itself. If a batch also contains `teacher_logits` `[B, K]` (and `teacher_pooled` `[B, d]`,
@@ -411,8 +415,9 @@ def make_train_step(
       ValueError: `steps_per_dispatch` or `term_gradients_every` below 1, a negative `skip_below`, two terms with the
         same name, a step without any term, a mesh with other axes, a weight that reads the progress together with
         `skip_below`; when called, a term that distils without a teacher, a state that does not have the form
-        `init_state` gives it or was already donated, a batch with other shapes or dtypes, or one not divisible by the
-        number of devices.
+        `init_state` gives it, was already donated or shares an array with the teacher, a batch with other shapes or
+        dtypes, or one not divisible by the number of devices, a name in `logged_schedules` that is one of the step's
+        own.
       TypeError: an argument of this function or of the step has the wrong type, or holds something that is not an
         array.
 
@@ -463,7 +468,7 @@ def make_train_step(
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
         check_batch(batch)
-        batch, key = spread_batch(batch, mesh), step_key(seed, state.step)
+        batch, key = spread_batch(_as_jax(batch), mesh), step_key(seed, state.step)
         return learn(state, lambda terms: teach(teacher, batch, terms, key), batch, key)
 
     # One step goes through `scan` too: a second form of the program would round differently.
@@ -499,7 +504,7 @@ def make_gradient_report(
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         check_state(state)
         check_batch(batch)
-        batch, key = spread_batch(batch, mesh), step_key(seed, state.step)
+        batch, key = spread_batch(_as_jax(batch), mesh), step_key(seed, state.step)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
@@ -526,7 +531,7 @@ def check_batch(batch: Any) -> None:
         raise ValueError(f"a batch must have 'image' and 'label', got {', '.join(map(repr, batch)) or 'nothing'}")
     image, label = batch["image"], batch["label"]
     for name, values in (("image", image), ("label", label)):
-        if not isinstance(values, jax.Array):
+        if not isinstance(values, jax.Array | np.ndarray):
             raise TypeError(f"{name} of a batch must be an array, got {shown(values)}")
     if image.ndim != 4 or 0 in image.shape or not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(
@@ -544,6 +549,11 @@ def check_batch(batch: Any) -> None:
             raise ValueError(
                 f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
             )
+
+
+def _as_jax(batch: Mapping[str, Array | np.ndarray]) -> Batch:
+    """A batch of JAX arrays: outside of `jit`, as under `jax.disable_jit`, NumPy's arrive as they are."""
+    return {name: jnp.asarray(values) if isinstance(values, np.ndarray) else values for name, values in batch.items()}
 
 
 def step_key(seed: int, step: Array) -> Array:

@@ -66,6 +66,16 @@ def test_what_is_loaded_on_first_use_is_listed_and_found():
         gj.no_such_name  # noqa: B018
 
 
+def test_a_star_import_gives_the_public_names_and_nothing_else():
+    names = run("from gompertz_jax import *; print(*(name for name in dir() if name[:2] != '__'))")
+    source = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    exported = {
+        alias.asname for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names
+    } - {None}
+    assert {*names} == exported and len(names) > 70
+    assert {"models", "sinkhorn_distance", "soft_target_kl", "make_train_step"} <= exported
+
+
 def imports(path):
     """The modules that a file imports, anywhere in it, as absolute dotted names."""
     package = ("gompertz_jax", *path.relative_to(PACKAGE).parent.parts)

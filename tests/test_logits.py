@@ -110,6 +110,15 @@ def test_soft_target_kl_of_a_class_that_only_the_student_masks_is_infinite():
     np.testing.assert_array_equal(gj.soft_target_kl(student, jnp.zeros((1, 3))), np.inf)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_divergences_keep_what_is_not_finite(side, value):
+    pair = [jnp.zeros((2, 3)), jnp.ones((2, 3))]
+    pair[side] = pair[side].at[1, 1].set(value)
+    for loss in (gj.soft_target_kl, partial(gj.decoupled_kl, labels=jnp.array([0, 0]))):
+        np.testing.assert_array_equal(np.isfinite(loss(*pair)), [True, False])
+
+
 def test_soft_target_kl_ignores_a_shift_of_all_scores():
     student, teacher = jnp.asarray(logits(5, (4, 10))), jnp.asarray(logits(6, (4, 10)))
     np.testing.assert_allclose(
@@ -427,6 +436,14 @@ def test_a_label_that_is_none_gives_nan_and_not_another_classs_value(label):
         np.testing.assert_array_equal(np.isnan(loss), [False, True])
 
 
+@pytest.mark.parametrize("label", [2**32 + 1, 2**40])
+def test_a_label_beyond_32_bits_is_none_and_does_not_wrap_around(label):
+    with jax.enable_x64(True):
+        scores, labels = jnp.asarray(logits(6, (2, 3))), jnp.asarray(np.array([1, label]))
+        for loss in (gj.cross_entropy(scores, labels), gj.decoupled_kl(scores, -scores, labels)):
+            np.testing.assert_array_equal(np.isnan(loss), [False, True])
+
+
 def test_labels_of_a_narrow_dtype_count_as_others_do():
     scores, labels = jnp.asarray(logits(6, (2, 128))), jnp.array([0, 127])
     narrow = labels.astype(jnp.int8)
@@ -439,6 +456,8 @@ INFINITE = jnp.asarray(np.inf)
 ILLEGAL = [
     (lambda: gj.soft_target_kl(Z, Z, temperature=0.0), "temperature must be a positive .*, got 0.0"),
     (lambda: gj.soft_target_kl(Z, Z, temperature=-4), "temperature must be a positive .*, got -4.0"),
+    (lambda: gj.soft_target_kl(Z, Z, temperature=1e20), "temperature must be .* whose square is .*, got 1e\\+20"),
+    (lambda: gj.multi_temperature_kl(Z, Z, temperatures=(1e20,)), "temperatures must be .* whose square is"),
     (lambda: gj.soft_target_kl(Z, Z, temperature=np.nan), "temperature must be a positive .*, got nan"),
     (lambda: gj.soft_target_kl(Z, Z, temperature=INFINITE), "temperature must be a positive .*, got inf"),
     (lambda: gj.soft_target_kl(Z, Z, temperature=jnp.ones(2)), r"temperature must be .*, got an array of shape \(2,\)"),

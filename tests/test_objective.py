@@ -124,6 +124,14 @@ def test_malformed_parts_of_an_objective_are_told():
             room.check_objective(gj.student_alone()._replace(**changes))
     with pytest.raises(TypeError, match=r"the loss of the term 'ce' must return values, .* got None for the values"):
         room.evaluate(gj.Objective((term._replace(loss=lambda record: None),)), record(), 0)
+    pair = lambda record: (jnp.zeros(3), jnp.ones(3))  # noqa: E731
+    with pytest.raises(TypeError, match=r"'ce' must return values, .* or a pair of them and {name: array}, got Array"):
+        room.evaluate(gj.Objective((term._replace(loss=pair),)), record(), 0)
+    two = lambda step: jnp.ones(2)  # noqa: E731
+    for changes, name in (({"weight": two}, "weight"), ({"schedules": {"label_smoothing": two}}, "label_smoothing")):
+        message = rf"'{name}' of the term 'ce' must be one number at a step, got an array of shape \(2,\)"
+        with pytest.raises(ValueError, match=message):
+            room.evaluate(gj.Objective((term._replace(**changes),)), record(), 0)
     with pytest.raises(TypeError, match=r"what the schedule returns must be a real number .* got 'x'"):
         room.evaluate(gj.Objective((term._replace(weight=lambda step: "x"),)), record(), 0)
 

@@ -328,6 +328,17 @@ def test_a_curve_by_progress_is_the_curve_over_the_fraction_and_not_over_the_ste
         value_at(weight, 3)
 
 
+@pytest.mark.parametrize("function", [gj.mean_weight, gj.matched_constant])
+def test_the_mean_of_a_schedule_that_is_not_known_yet_is_refused(function):
+    def mean_at(rate):
+        weight = function(gj.gompertz_schedule(10, rate=rate), 10)
+        return weight(0) if callable(weight) else weight
+
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(ValueError, match="a parameter of schedule or weights is traced"):
+            transform(mean_at)(5.0)
+
+
 def test_a_product_reads_the_progress_if_either_side_does():
     clock, driven = gj.linear_schedule(10), gj.by_progress(gj.linear_schedule(1))
     np.testing.assert_allclose(product(clock, gj.constant_schedule(3.0))(5), 1.5)

@@ -605,6 +605,78 @@ def test_weights_of_a_weak_dtype_do_not_compile_the_step_twice():
     assert len(traced) == once and state.step == 2
 
 
+def test_a_teacher_that_shares_arrays_with_the_state_is_told_and_a_copy_of_it_teaches():
+    objective = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0)
+    state, teacher, step = setup(objective)
+    itself = teacher.replace(params=state.params, stats=state.stats)
+    with pytest.raises(ValueError, match=r"teacher.params\['b'\] shares an array with state, .*jnp.copy, teacher\)"):
+        step(state, itself, batch())
+    state, metrics = step(state, jax.tree.map(jnp.copy, itself), batch())
+    assert state.step == 1 and metrics["agreement"] == 1.0
+
+
+def test_a_step_that_is_not_staged_takes_numpy_arrays():
+    objective = gj.gompertz_objective(10, wasserstein_weight=0.0, gradient_weight=0.0)
+    as_numpy = {name: np.asarray(values) for name, values in batch().items()}
+    state, teacher, step = setup(objective)
+    _, expected = step(state, teacher, as_numpy)
+    from_numpy = setup(objective, make_batch=lambda data, step: as_numpy)[2]
+    for train_step in (step, from_numpy):
+        state, teacher, _ = setup(objective)
+        with jax.disable_jit():
+            state, metrics = train_step(state, teacher, as_numpy)
+        assert state.step == 1 and state.failed_term == -1
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    state, teacher, _ = setup(objective)
+    np.testing.assert_allclose(from_numpy(state, teacher, None)[1]["loss"], expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1, cooldown=0, rtol=0.5, factor=0.3)),
+        optax.polyak_sgd(0.5),
+        optax.adam(0.1),
+    ],
+    ids=["plateau", "polyak", "adam"],
+)
+def test_an_optimiser_is_given_the_loss_and_does_what_it_does_by_hand(optimizer):
+    state, _, step = setup(gj.student_alone(), optimizer=optimizer)
+    trained = {"student": jax.tree.map(jnp.copy, state.params), "projections": {}}
+    by_hand = optimizer.init(trained)
+    network = linear_network(1)
+
+    def loss(trained, images):
+        logits = network.replace(params=trained["student"]).forward(images["image"], train=True)[0].logits
+        return gj.cross_entropy(logits, images["label"]).mean()
+
+    for seed in range(4):
+        value, gradient = jax.value_and_grad(loss)(trained, batch(seed))
+        updates, by_hand = optax.with_extra_args_support(optimizer).update(
+            gradient, by_hand, trained, value=value, grad=gradient
+        )
+        trained = optax.apply_updates(trained, updates)
+        state, _ = step(state, None, batch(seed))
+    for name, found in state.params.items():
+        np.testing.assert_allclose(found, trained["student"][name], rtol=1e-5, atol=1e-6)
+    if isinstance(state.opt_state, tuple) and hasattr(state.opt_state[-1], "scale"):
+        assert 0.0 < state.opt_state[-1].scale < 1.0  # it did find a plateau
+
+
+def test_a_table_of_integers_among_the_parameters_is_refused():
+    network = linear_network(1)
+    network = network.replace(params=network.params | {"table": jnp.arange(3)})
+    with pytest.raises(TypeError, match=r"student.params\['table'\] must be floats .*got int32: .* `stats`"):
+        gj.init_state(network, optax.sgd(0.1), gj.student_alone(), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy", "ce/raw", "step"])
+def test_a_logged_schedule_under_the_name_of_a_metric_is_refused(name):
+    state, _, step = setup(gj.student_alone(), logged_schedules={name: gj.constant_schedule(1.0)})
+    with pytest.raises(ValueError, match=f"logged_schedules must have other names .*got .'{name}'"):
+        step(state, None, batch())
+
+
 def test_what_fails_inside_of_a_running_step_is_told_as_it_is():
     def refuse(logits):
         raise RuntimeError("no room left in the annex")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._checks import Scalar, checked, finite_number, fraction_from_zero, positive_number
+from .._checks import Scalar, checked, finite_number, fraction_from_zero, positive_number, temperature_number
 from .._numerics import cosine_distance, raised
 
 # Ten terms of the exponential series are exact to float64 below it, and nothing much cancels above.
@@ -96,7 +96,7 @@ def multi_temperature_kl(
     """
     if len(temperatures) == 0:
         raise ValueError(f"temperatures must have at least one number, got {temperatures!r}")
-    checked = [positive_number("temperatures", temperature) for temperature in temperatures]
+    checked = [temperature_number("temperatures", temperature) for temperature in temperatures]
     first, *rest = (soft_target_kl(student_logits, teacher_logits, temperature=number) for number in checked)
     return sum(rest, start=first)
 
@@ -368,14 +368,14 @@ def softened(
     """Both networks' `(logits - maximum) / temperature`, and the temperature; the teacher's are constant.
 
     Raises:
-      ValueError: if the shapes differ or `temperature` is not positive.
+      ValueError: if the shapes differ, `temperature` is not positive, or its square is not finite in float32.
     """
     if student_logits.ndim == 0 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits and teacher_logits must have the same shape [..., K], "
             f"got {student_logits.shape} and {teacher_logits.shape}"
         )
-    temperature = positive_number("temperature", temperature)
+    temperature = temperature_number("temperature", temperature)
     student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
     temperature = jnp.asarray(temperature, student.dtype)
     # No loss here depends on a shift. Compilers fuse the division with the subtraction of the maximum inside the
@@ -401,12 +401,12 @@ def _divergence(student: Array, teacher: Array) -> Array:
     student_probs, teacher_probs = jnp.exp(student - student_total), jnp.exp(teacher - teacher_total)
     # p ln(p / q) has either sign and cancels in the sum where p and q are nearly equal. Since p and q both sum to 1,
     # p (ln(p / q) + q / p - 1) has the same sum, and none of its terms is negative.
-    is_likely = teacher_probs >= jnp.finfo(teacher.dtype).tiny
+    is_negligible = teacher_probs < jnp.finfo(teacher.dtype).tiny  # NaN is not, and is kept
     # Differences first: they are exact where the logits nearly agree, and of an error in the totals' only the square
     # enters the sum.
-    log_ratio = jnp.where(is_likely, teacher - student, 0.0) - (teacher_total - student_total)
-    terms = teacher_probs * _above_tangent(jnp.where(is_likely, log_ratio, 0.0))
-    return jnp.sum(jnp.where(is_likely, terms, student_probs), axis=-1)
+    log_ratio = jnp.where(is_negligible, 0.0, teacher - student) - (teacher_total - student_total)
+    terms = teacher_probs * _above_tangent(jnp.where(is_negligible, 0.0, log_ratio))
+    return jnp.sum(jnp.where(is_negligible, student_probs, terms), axis=-1)
 
 
 def _above_tangent(x: Array) -> Array:
@@ -428,13 +428,15 @@ def check_labels(labels: Array, logits: Array) -> None:
 
 
 def positions(labels: Array, classes: int) -> Array:
-    """Labels as indices of an axis of that many classes; a negative one becomes the first index out of range.
+    """Labels as indices of an axis of that many classes; one that is no class becomes the first index out of range.
 
     A negative index would count from the end of the axis and read the score of another class. Out of range,
     `take_along_axis` gives NaN.
     """
-    labels = labels.astype(jnp.int32)
-    return jnp.where(labels < 0, classes, labels)
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)  # which holds the number of classes
+    # Before the conversion of wider labels, which would wrap around.
+    return jnp.where((labels < 0) | (labels >= classes), classes, labels).astype(jnp.int32)
 
 
 def check_pair(student: Array, teacher: Array, labels: Array | None) -> None:
