@@ -5,6 +5,7 @@ is `ARGUMENTS`; a parameter of another name fails here until it is given a meani
 """
 
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +177,25 @@ def test_a_loss_with_a_loop_compiles_once_outside_of_jit_too(name):
         assert compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not any("_fn" in each for each in needed(LOSSES[name]))])
+def test_products_are_in_full_precision_where_the_default_is_not(name):
+    # An accelerator's default rounds to bfloat16 or TF32; a CPU's does not, so only the program shows it.
+    made = {each: ARGUMENTS[each](Case()) for each in needed(LOSSES[name])}
+    arguments = {each: make(array) for each, (array, make) in made.items()}
+    if "x" in arguments and "labels" in arguments:
+        arguments["labels"] = jnp.zeros((4, 5), int)
+    first = next(iter(arguments))
+
+    def loss(array):
+        return LOSSES[name](**(arguments | {first: array})).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(arguments[first]))
+    products = re.findall(r"dot_general\[(.*?)\]\s", program, re.DOTALL)
+    assert len(products) == program.count("dot_general[")
+    assert all("Precision.HIGHEST" in product for product in products)
+    assert products or name not in PRODUCTS
+
+
+PRODUCTS = ["batch_correlation", "relational_angle", "similarity_preserving", "sinkhorn_distance", "class_distances"]

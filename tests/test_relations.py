@@ -234,6 +234,16 @@ def test_a_batch_of_more_than_one_block_of_anchors(name):
     np.testing.assert_allclose((gradient * direction).sum(), (up - down) / 2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "width"), [("relational_distance", 256), ("relational_angle", 8)])
+def test_the_derivative_holds_a_few_anchors_in_memory_and_not_the_batch(name, width):
+    batch = 128
+    vectors = jax.ShapeDtypeStruct((batch, width), jnp.float32)
+    loss = lambda s, t: getattr(gj, name)(s, t).sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(loss)).lower(vectors, vectors).compile()
+    of_all_anchors = 4 * batch * (batch * width if name == "relational_distance" else batch * batch)
+    assert compiled.memory_analysis().temp_size_in_bytes < of_all_anchors / 2
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_order_of_the_images_changes_nothing_and_networks_that_agree_have_no_loss(name):
     student, teacher = example(name)

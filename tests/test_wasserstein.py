@@ -195,6 +195,29 @@ def test_a_shift_of_the_whole_cloud_costs_its_square():
         np.testing.assert_allclose(gradient, np.broadcast_to(-2 * v / 9, (9, 3)), atol=2e-3)
 
 
+def test_a_shift_common_to_both_clouds_changes_nothing():
+    # multiples of 1/64, which float32 holds at 1e4 too
+    x, y = (np.round(64 * cloud) / 64 for cloud in clouds(19, 7, 8, 3))
+    shift = np.array([1e4, -1e4, 5e3])
+    cost = squared_distances(x, y)
+    expected = reference_sinkhorn(cost, 0.1 * cost.mean())
+    here, gradient = sinkhorn_and_gradient(jnp.asarray(x), jnp.asarray(y), 0.1)
+    there, gradient_there = sinkhorn_and_gradient(jnp.asarray(x + shift), jnp.asarray(y + shift), 0.1)
+    np.testing.assert_allclose([here, there], expected, rtol=1e-4)
+    np.testing.assert_allclose(there, here, rtol=1e-5)
+    np.testing.assert_allclose(gradient_there, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_epsilon_is_floored_at_64_machine_epsilons():
+    x, y = (jnp.asarray(cloud, jnp.float32) for cloud in clouds(20, 6, 7, 3))
+    floor = 64 * np.finfo(np.float32).eps
+    at = partial(gj.sinkhorn_distance, x, y, return_diagnostics=True, max_iterations=100)
+    results = {factor: at(epsilon=factor * floor) for factor in (1e-4, 1.0, 1.5)}
+    for found, wanted in zip(jax.tree.leaves(results[1e-4]), jax.tree.leaves(results[1.0]), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert results[1.5][1].marginal_error != results[1.0][1].marginal_error
+
+
 def test_debiased_divergence_of_equal_clouds_is_zero():
     x, _ = clouds(7, 9, 9, 3)
     value, gradient = sinkhorn_and_gradient(jnp.asarray(x), jnp.asarray(x), 0.05, debiased=True)
