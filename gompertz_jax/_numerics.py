@@ -9,7 +9,9 @@ from jaxtyping import Array
 
 def compute_dtype(*values: Any) -> Any:
     """The dtype to compute in: that of the values together, and at least float32."""
-    return jnp.promote_types(jnp.result_type(*values), jnp.float32)
+    # A code base around this one may have promotion set to "strict".
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(jnp.result_type(*values), jnp.float32)
 
 
 def raised(*arrays: Any) -> tuple[Array, ...]:

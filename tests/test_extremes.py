@@ -1,4 +1,4 @@
-"""Every exported loss, at what is extreme and legal: finite values, finite gradients.
+"""Every exported loss, at what is extreme and legal: finite values, finite gradients, in any surroundings.
 
 A loss is in this test by being exported: its arguments are made from the names of its parameters. What those names mean
 is `ARGUMENTS`; a parameter of another name fails here until it is given a meaning.
@@ -6,6 +6,7 @@ is `ARGUMENTS`; a parameter of another name fails here until it is given a meani
 
 import inspect
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,14 @@ def needed(loss):
     return names
 
 
+def made_for(loss, case):
+    """Of each argument: (array that is differentiated, or None, and what is given as a function of it)."""
+    made = {argument: ARGUMENTS[argument](case) for argument in needed(loss)}
+    if "x" in made and "labels" in made:  # clouds of one point per image of a batch
+        made["labels"] = (None, lambda _: jnp.asarray(np.tile(np.arange(5) % 3, (case.batch, 1))))
+    return made
+
+
 def test_the_losses_are_found():
     assert {"soft_target_kl", "sinkhorn_distance", "gradient_matching", "relational_angle", "hint_distance"} <= {
         *LOSSES
@@ -136,12 +145,10 @@ def test_the_losses_are_found():
 @pytest.mark.parametrize("name", LOSSES)
 def test_extremes_give_finite_values_and_gradients(name):
     """Cases of one shape and dtype share a compiled program."""
-    loss, names = LOSSES[name], needed(LOSSES[name])
+    loss = LOSSES[name]
     programs = {}
     for label, case in CASES.items():
-        made = {argument: ARGUMENTS[argument](case) for argument in names}
-        if "x" in names and "labels" in names:  # clouds of one point per image of a batch
-            made["labels"] = (None, lambda _: jnp.arange(5) % 3 + jnp.zeros((len(case.labels), 1), int))  # noqa: B023
+        made = made_for(loss, case)
         arrays = {argument: array for argument, (array, _) in made.items() if array is not None}
 
         def total(arrays, made=made):
@@ -182,10 +189,7 @@ def test_a_loss_with_a_loop_compiles_once_outside_of_jit_too(name):
 @pytest.mark.parametrize("name", [name for name in LOSSES if not any("_fn" in each for each in needed(LOSSES[name]))])
 def test_products_are_in_full_precision_where_the_default_is_not(name):
     # An accelerator's default rounds to bfloat16 or TF32; a CPU's does not, so only the program shows it.
-    made = {each: ARGUMENTS[each](Case()) for each in needed(LOSSES[name])}
-    arguments = {each: make(array) for each, (array, make) in made.items()}
-    if "x" in arguments and "labels" in arguments:
-        arguments["labels"] = jnp.zeros((4, 5), int)
+    arguments = {each: make(array) for each, (array, make) in made_for(LOSSES[name], Case()).items()}
     first = next(iter(arguments))
 
     def loss(array):
@@ -199,3 +203,25 @@ def test_products_are_in_full_precision_where_the_default_is_not(name):
 
 
 PRODUCTS = ["batch_correlation", "relational_angle", "similarity_preserving", "sinkhorn_distance", "class_distances"]
+
+
+OPTIONS = {
+    "sinkhorn_distance": {"marginal_penalty": 1.0, "debiased": True},
+    "cross_entropy": {"label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_traced_in_a_code_base_with_strict_promotion(name, dtype):
+    made = made_for(LOSSES[name], Case(dtype=dtype))
+    arrays = {argument: array for argument, (array, _) in made.items() if array is not None}
+
+    def total(arrays, **options):
+        arguments = {argument: make(arrays.get(argument)) for argument, (_, make) in made.items()}
+        return LOSSES[name](**arguments, **options).astype(jnp.float32).sum()
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for options in ({}, OPTIONS.get(name)):
+            if options is not None:
+                jax.make_jaxpr(jax.value_and_grad(partial(total, **options)))(arrays)

@@ -132,10 +132,12 @@ def solve(
 
 
 def _balanced(solver: Sinkhorn, epsilon: Array, cost: Array, a: Array, b: Array) -> tuple[Array, Array, Array, Array]:
-    # OTT annotates for the untraced case only.
-    output: Any = solver(
-        LinearProblem(Geometry(cost, epsilon=epsilon), a=a, b=b)  # pyright: ignore[reportArgumentType]
-    )
+    # OTT mixes ranks and dtypes, which a code base around this one may refuse.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        # OTT annotates for the untraced case only.
+        output: Any = solver(
+            LinearProblem(Geometry(cost, epsilon=epsilon), a=a, b=b)  # pyright: ignore[reportArgumentType]
+        )
     return output.f, output.g, output.converged, output.n_iters
 
 

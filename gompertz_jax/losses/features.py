@@ -262,6 +262,7 @@ def variational_information(
             f"got {student_variance.shape}"
         )
     mean, variance, teacher = raised(student_mean, student_variance, jax.lax.stop_gradient(teacher_map))
+    variance = variance.reshape(1, 1, 1, -1)
     return 0.5 * jnp.mean(jnp.square(mean - teacher) / variance + jnp.log(variance), axis=(1, 2, 3))
 
 

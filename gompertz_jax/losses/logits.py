@@ -175,8 +175,10 @@ def decoupled_kl(
 def _label_and_others(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Logits of "the label or not", `[..., 2]`, and of the classes other than the label, `[..., K - 1]`."""
     label = positions(labels, logits.shape[-1])[..., None]
-    position = jnp.arange(logits.shape[-1] - 1)
-    others = jnp.take_along_axis(logits, position + (position >= label), axis=-1)
+    position = jnp.broadcast_to(
+        jnp.arange(logits.shape[-1] - 1, dtype=label.dtype), (*logits.shape[:-1], logits.shape[-1] - 1)
+    )
+    others = jnp.take_along_axis(logits, jnp.where(position >= label, position + 1, position), axis=-1)
     rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
     return jnp.concatenate([jnp.take_along_axis(logits, label, axis=-1), rest], axis=-1), others
 

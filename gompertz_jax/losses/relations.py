@@ -495,7 +495,7 @@ def _relative_distances(x: Float[Array, "batch width"]) -> Float[Array, "batch b
     """Distances between all vectors over their mean; 0 where all of them coincide."""
 
     def distances_from(anchor: Array) -> Array:
-        squared = jnp.sum(jnp.square(x - anchor), axis=-1)
+        squared = jnp.sum(jnp.square(x - anchor[None]), axis=-1)
         # The derivative of the square root is infinite at 0, and 0 * infinity is NaN also in a branch not taken.
         is_zero = squared == 0.0
         return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
@@ -514,7 +514,10 @@ def _angle_differences(
     def value_at(student_anchor: Array, teacher_anchor: Array) -> Array:
         student_cosines, teacher_cosines = (
             matmul(directions, directions.T)
-            for directions in (unit_vectors(student - student_anchor), unit_vectors(teacher - teacher_anchor))
+            for directions in (
+                unit_vectors(student - student_anchor[None]),
+                unit_vectors(teacher - teacher_anchor[None]),
+            )
         )
         return jnp.mean(optax.losses.huber_loss(student_cosines - teacher_cosines))
 
