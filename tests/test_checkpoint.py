@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back to the bit, and nothing saved is overwritten."""
 
+import re
 import resource
 import shutil
 import subprocess
@@ -72,6 +73,13 @@ def test_a_save_that_fails_is_told_and_the_one_before_it_stays_the_newest(tmp_pa
         assert checkpoints.latest_step == 1
         assert checkpoints.restore(state(0.0))[0].params["w"][0, 0] == 1.0
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+
+
+def test_a_save_that_fails_does_not_hide_what_the_run_ends_with(tmp_path, no_room, capsys):
+    with pytest.raises(RunError, match="not finite"), Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(1, {"w": jax.random.bits(jax.random.key(0), (1_000_000,))}, {})
+        raise RunError("the gradient was not finite")
+    assert re.search(r"besides: .*c/1 cannot be written .*; make room and start again", capsys.readouterr().out)
 
 
 def saved(directory, *steps):

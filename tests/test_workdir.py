@@ -1,6 +1,7 @@
 """A workdir belongs to one config, and says what computed in it."""
 
 import re
+from pathlib import Path
 
 import pytest
 from helpers import tiny_config
@@ -61,6 +62,12 @@ def test_every_change_of_evaluation_is_kept_also_when_it_is_taken_back(tmp_path)
     room.claim_workdir(tmp_path, once)
     found = [room.evaluation_changes(tmp_path, content) for content in (once, thrice, once)]
     assert found == [[], ["evaluate_every_epochs: 1 -> 3"], ["evaluate_every_epochs: 1 -> 3"]]
+
+
+def test_two_starts_at_once_probe_a_workdir(tmp_path, monkeypatch):
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path: [touch(path), path.unlink()])  # by the other start
+    room.check_workdir(tmp_path / "run", {})
 
 
 def test_checkpoints_without_a_config_and_unreadable_configs_are_refused(tmp_path):

@@ -194,8 +194,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except RunError as error:
+            if kind is None:
+                raise
+            say(f"besides: {error}")  # raised, it would hide what the run ends with
 
 
 def saved_steps(directory: Path) -> list[int]:

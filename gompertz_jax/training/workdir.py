@@ -50,7 +50,7 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another start may have probed at the same time
     except OSError as error:
         reason = f"the workdir {workdir} cannot be written ({error.strerror})"
         raise RunError(f"{reason}; choose another --workdir") from error
