@@ -37,6 +37,19 @@ def test_nothing_is_kept_unless_asked():
 
 
 @pytest.mark.usefixtures("as_installed")
+def test_a_run_keeps_its_programs_where_it_says_whatever_an_earlier_one_in_the_process_said(tmp_path):
+    for number, name in enumerate(("first", "second", "")):
+        keep_compiled(str(tmp_path / name) if name else "")
+        jax.jit(lambda x, factor=number + 4.25: x * factor)(1.0)
+    assert [len(list((tmp_path / name).glob("jit__lambda*-cache"))) for name in ("first", "second")] == [1, 1]
+    assert [getattr(jax.config, name) for name in SETTINGS] == [None, 1.0]
+    keep_compiled(str(tmp_path / "first"))
+    jax.config.update(SETTINGS[0], "own")
+    keep_compiled("")
+    assert jax.config.jax_compilation_cache_dir == "own"
+
+
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("own", [{SETTINGS[0]: "own"}, {SETTINGS[1]: 5.0}])
 def test_the_users_own_settings_stand(own, tmp_path):
     for name, value in own.items():

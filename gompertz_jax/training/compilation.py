@@ -1,10 +1,14 @@
 """Compiled programs kept on disk between starts."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-_BY_DEFAULT = 1.0  # JAX's default for the fewest seconds that a kept program takes to compile
+_DIRECTORY, _LEAST_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+_BY_DEFAULT = {_DIRECTORY: None, _LEAST_SECONDS: 1.0}  # JAX's own settings
+_ours: dict[str, Any] = {}  # what an earlier run of this process set, which is not the user's
 
 
 def keep_compiled(directory: str) -> None:
@@ -15,9 +19,18 @@ def keep_compiled(directory: str) -> None:
     Args:
       directory: made when it is first written to; "" keeps nothing.
     """
-    if directory and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+    before = getattr(jax.config, _DIRECTORY)
+    for name, value in _ours.items():
+        if getattr(jax.config, name) == value:
+            jax.config.update(name, _BY_DEFAULT[name])
+    _ours.clear()
+    if directory and getattr(jax.config, _DIRECTORY) is None:
+        _ours[_DIRECTORY] = str(Path(directory).expanduser())
         # JAX leaves out what compiles in under a second: before its first step a run has some forty such programs,
         # which take 2.6 s together.
-        if jax.config.jax_persistent_cache_min_compile_time_secs == _BY_DEFAULT:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        if getattr(jax.config, _LEAST_SECONDS) == _BY_DEFAULT[_LEAST_SECONDS]:
+            _ours[_LEAST_SECONDS] = 0.0
+    for name, value in _ours.items():
+        jax.config.update(name, value)
+    if getattr(jax.config, _DIRECTORY) != before:
+        compilation_cache.reset_cache()  # JAX would stay with the directory that it opened first
