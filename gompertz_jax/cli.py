@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand; what its user can change is reported in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # of a terminal that is not UTF-8
-    parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="gompertz-jax", description=__doc__, allow_abbrev=False)
+    # Without abbreviations: `--seed=7` would be taken for `--seeds`.
+    exact: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=exact)
     _add_import_torch(commands)
     _add_export(commands)
     _add_preview(commands)

@@ -187,6 +187,9 @@ def test_the_command_names_what_it_does_not_know(tmp_path):
     for arms, message in (("matched,matched", "matched is there twice"), ("x", "the arm 'x' is unknown")):
         with pytest.raises(SystemExit, match=message):
             main(["compare", "--config", "configs/digits.py", "--arms", arms, "--workdir", str(tmp_path / "x")])
+    for command in ("compare", "tune"):  # which is no short form of --seeds
+        with pytest.raises(SystemExit, match="Unknown command line flag 'seed'"):
+            main([command, "--config", "configs/digits.py", "--seed=7", "--workdir", str(tmp_path / "x")])
 
 
 @pytest.mark.parametrize(
