@@ -17,16 +17,18 @@ import numpy as np
 from . import report
 from .arms import SCORES
 from .cohort import Cohort, train_all
+from .training.check_config import PREVIEWED
 from .training.config import Config, get_default
 from .training.errors import RunError
 from .training.files import replace_text, write_json
 from .training.loop import finished
-from .training.objectives import LOSSES
+from .training.objectives import LOSSES, build_objective
 from .training.sharding import on_main, say
 from .training.stop import Stop
 from .training.workdir import frozen, provenance, sole_use
 
 RESULT = "tune.json"
+LONGEST_NAME = 200  # of an arm, in bytes: file systems take 255, of which the endings of best/NAME.py need some
 
 
 class Range(NamedTuple):
@@ -66,7 +68,9 @@ class Knob(NamedTuple):
 
 def knobs(config: Config) -> list[Knob]:
     """The parameters that can be drawn for an arm."""
-    distilling = {name: spec for name, spec in config.objective.terms.items() if spec.loss != "cross_entropy"}
+    learned = {term.name for term in build_objective(config, PREVIEWED).terms}  # without those of weight 0
+    terms = {name: spec for name, spec in config.objective.terms.items() if name in learned}
+    distilling = {name: spec for name, spec in terms.items() if spec.loss != "cross_entropy"}
     found = []
     if any("curve" in str(spec.get("weight", LOSSES[spec.loss].weight)) for spec in distilling.values()):
         found += [
@@ -74,7 +78,7 @@ def knobs(config: Config) -> list[Knob]:
             for curve in _curves_of(config.objective.curve)
             for key, bounds in CURVES[curve].items()
         ]
-    labels = [spec for name, spec in config.objective.terms.items() if name not in distilling]
+    labels = [spec for name, spec in terms.items() if name not in distilling]
     # Where the cross-entropy gives up what the scores gain, as under `budget`, a factor would break the fixed sum.
     tied = any("curve" in str(spec.get("weight", "")) for spec in labels)
     for name, spec in distilling.items():
@@ -166,7 +170,7 @@ def tune(
       The content of tune.json.
 
     Raises:
-      RunError: as `compare`; no validation images; an arm without parameters to draw.
+      RunError: as `compare`; no validation images; an arm without parameters to draw, or whose name is none for a file.
     """
     workdir = Path(workdir).expanduser()
     if trials < 1:
@@ -177,6 +181,9 @@ def tune(
         raise RunError("data.validation = 0: trials are chosen by validation images, and none are held out")
     if not arms:
         raise RunError("--arms: there is nothing to tune; name an arm that distils")
+    for name in arms:
+        if not name or Path(name).name != name or len(os.fsencode(name)) > LONGEST_NAME:
+            raise RunError(f"--arms: {name!r} is no name for a file, and the arm's best is written to best/NAME.py")
     drawn: dict[str, list[dict[str, float]]] = {}
     tried: dict[str, Config] = {}
     for number, (name, of_arm) in enumerate(arms.items()):

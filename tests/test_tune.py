@@ -26,6 +26,16 @@ def test_what_is_drawn_of_an_arm_is_its_own():
     }
 
 
+@pytest.mark.parametrize("nothing", ["0", "0.0", "0 * curve"])
+def test_a_term_of_weight_0_has_nothing_to_draw(nothing):
+    config = small_config(**{f"objective.terms.{name}.weight": nothing for name in ("kd", "gradient")})
+    config.objective.terms.wasserstein.weight = "0.5"
+    assert [knob.name for knob in room.knobs(config)] == ["wasserstein.weight", "wasserstein.epsilon"]
+    # A cross-entropy that is left out gives up nothing for the scores.
+    config = small_config(**{"objective.terms.ce.weight": "0 * curve"})
+    assert "kd.weight" in [knob.name for knob in room.knobs(config)]
+
+
 def test_a_knob_changes_its_parameter_and_no_other():
     config = arm(small_config(), "reversed")
     for knob, value in zip(room.knobs(config), (4.0, 6.0, 0.5, 2.0), strict=True):
@@ -120,3 +130,21 @@ def test_mistakes_are_told_before_any_work(changes, arms, options, message, tmp_
     with pytest.raises(RunError, match=message):
         room.tune(config, tmp_path / "x", arms={name: arm(config, name) for name in arms}, **options)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "", ".", "a" * 300])
+def test_an_arm_whose_best_could_not_be_written_is_refused_before_any_work(name, tmp_path):
+    config = small_config()
+    with pytest.raises(RunError, match="is no name for a file, and the arm's best is written to best"):
+        room.tune(config, tmp_path / "x", arms={name: arm(config, "gompertz")})
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_accuracy_of_a_trial_is_the_mean_over_its_seeds():
+    students = [
+        [{"failed_at_step": None, "best_validation_accuracy": value} for value in values]
+        for values in ((0.1, 0.9), (0.5, 0.7))
+    ]
+    results = {"arms": {f"kd-{number}": {"students": found} for number, found in enumerate(students)}}
+    ranked = room._ranked("kd", [{"kd.weight": 1.0}, {"kd.weight": 2.0}], results)
+    assert [(trial["trial"], trial["validation_accuracy"]) for trial in ranked] == [(1, pytest.approx(0.6)), (0, 0.5)]
