@@ -306,7 +306,7 @@ def _program(
     optimizer = make_optimizer(config.recipe, rate)
     average, network = config.recipe.moving_average or None, networks[0]
 
-    def begun(objective: Objective) -> list[TrainState]:
+    def of_arm(objective: Objective) -> list[TrainState]:
         return [
             init_state(
                 network,
@@ -319,6 +319,10 @@ def _program(
             )
             for number, network in zip(cohort.seeds, networks, strict=True)
         ]
+
+    def begin() -> tuple[Students, Any]:
+        states = tuple(stacked([s for objective in group.objectives for s in of_arm(objective)]) for group in groups)
+        return Students(jnp.zeros((), jnp.int32), states), tuple(jax.vmap(Best.none)(group) for group in states)
 
     def measured(state: Students, teacher: Network) -> Students:
         def of_group(group: Group, states: TrainState) -> TrainState:
@@ -373,19 +377,14 @@ def _program(
             for student in students
         ]
 
-    states = tuple(stacked([s for objective in group.objectives for s in begun(objective)]) for group in groups)
-    best = tuple(jax.vmap(Best.none)(group) for group in states)
-    kinds = tuple(group.objectives[0] for group in groups)
-    students_at = Students(jnp.zeros((), jnp.int32), states)
     return Program(
-        state=students_at,
-        best=best,
+        begin=begin,
         measured=measured,
         make_step=make_step,
         snapshot=snapshot,
         students=of_students,
         network=network,
-        objectives=kinds,
+        objectives=tuple(group.objectives[0] for group in groups),
         divided=divides(layout),
     )
 

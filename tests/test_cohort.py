@@ -33,7 +33,7 @@ def test_the_teachers_channels_are_measured_for_every_student():
     teacher = network_from(config.teacher.to_dict(), dataset, seed=3)
     images = Images.of(dataset, config.data, mesh)
     program = room._program(cohort, plan, groups, (), networks, teacher, images, mesh)
-    found = program.measured(program.state, teacher).groups[0].projection_stats["last"]
+    found = program.measured(program.begin()[0], teacher).groups[0].projection_stats["last"]
     seen = jnp.asarray(dataset.train.images[:200] / 255.0, jnp.float32)
     maps = np.asarray(teacher.forward(seen, train=False)[0].features[-1], np.float64)
     for student in range(2):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -104,6 +105,24 @@ def test_after_the_first_dispatch_nothing_is_compiled_moved_or_kept(tmp_path, mo
     assert max(late) < max(early) + 2 * state
     assert set(images) == {1}
     assert set(guard) == {"disallow"}
+
+
+def test_the_weights_of_the_start_do_not_stay_in_memory(tmp_path, monkeypatch):
+    begun, kept, call, init_state = [], [], Feed.__call__, fit.init_state
+
+    def watched(*given, **options):
+        state = init_state(*given, **options)
+        begun.append(weakref.ref(state.params))
+        return state
+
+    def fed(self, step):
+        kept.append(begun[0]() is not None)
+        return call(self, step)
+
+    monkeypatch.setattr(fit, "init_state", watched)
+    monkeypatch.setattr(Feed, "__call__", fed)
+    run(tmp_path, **{"recipe.epochs": 1})
+    assert len(kept) > 3 and not kept[-1]
 
 
 def test_what_comes_from_the_host_inside_the_loop_is_refused(tmp_path, monkeypatch):

@@ -89,8 +89,8 @@ class Program(NamedTuple):
     """What `drive` trains: one student, or all students of a comparison.
 
     Attributes:
-      state: before the first step; has a `step`.
-      best: before any evaluation, see `fit.Best`.
+      begin: makes the state before the first step, which has a `step`, and the best before any evaluation, see
+        `fit.Best`. Arrays that were held here would stay in memory until the end.
       measured: `(state, teacher) -> state`, what is measured of the teacher once, before the first step.
       make_step: `(feed) -> step`, the compiled training step.
       snapshot: compiled, as from `fit.make_snapshot`; it is queued behind a dispatch that is to be evaluated.
@@ -100,8 +100,7 @@ class Program(NamedTuple):
       divided: whether batches are divided among the devices; otherwise each has whole batches.
     """
 
-    state: Any
-    best: Any
+    begin: Callable[[], tuple[Any, Any]]
     measured: Callable[[Any, Network], Any]
     make_step: Callable[[Feed], Any]
     snapshot: Any
@@ -283,10 +282,11 @@ def _begun_or_resumed(
     mesh: Mesh,
 ) -> _Start:
     if checkpoints.latest_step is None:
-        state = program.state if teacher is None else program.measured(program.state, teacher)
-        state, best = replicate((state, program.best), mesh)
+        state, best = program.begin()
+        state = state if teacher is None else program.measured(state, teacher)
+        state, best = replicate((state, best), mesh)
         return _Start(0, state, best, Clock(), {}, set())
-    (state, best), record = checkpoints.restore(replicate((program.state, program.best), mesh))
+    (state, best), record = checkpoints.restore(jax.eval_shape(program.begin))
     if record["taught_by"] != taught_by:
         raise RunError(f"the teacher is not the one that {workdir} began with; restore it, or use a new --workdir")
     step = int(state.step)

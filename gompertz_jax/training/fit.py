@@ -93,15 +93,18 @@ def fit(
     rate = learning_rate(recipe, steps_per_epoch=plan.steps_per_epoch)
     optimizer = make_optimizer(recipe, rate)
     average = recipe.moving_average or None
-    state = init_state(
-        network,
-        optimizer,
-        objective,
-        data.images.shape[1:],
-        teacher=teacher,
-        key=projections_key(seed),
-        moving_average=average is not None,
-    )
+
+    def begin() -> tuple[TrainState, Best]:
+        state = init_state(
+            network,
+            optimizer,
+            objective,
+            data.images.shape[1:],
+            teacher=teacher,
+            key=projections_key(seed),
+            moving_average=average is not None,
+        )
+        return state, Best.none(state)
 
     def measured(state: TrainState, teacher: Network) -> TrainState:
         if not objective.projections:
@@ -132,8 +135,7 @@ def fit(
         recipe,
         plan,
         Program(
-            state=state,
-            best=Best.none(state),
+            begin=begin,
             measured=measured,
             make_step=make_step,
             snapshot=jax.jit(make_snapshot(network, mesh)),
