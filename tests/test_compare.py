@@ -7,12 +7,13 @@ import signal
 import numpy as np
 import pytest
 from helpers import ROOT, differences_of_metrics, small_config
+from ml_collections import ConfigDict
 
+from gompertz_jax import cohort, tune
 from gompertz_jax import compare as room
-from gompertz_jax import tune
-from gompertz_jax.arms import ARMS as KNOWN
 from gompertz_jax.arms import arm
 from gompertz_jax.cli import main
+from gompertz_jax.training.drive import drive
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.stop import Stop, Stopped
@@ -22,16 +23,23 @@ ARMS = ("matched", "gompertz")
 
 
 def arms_of(config):
-    """A known arm, and a config of its own by the name of another: the same numbers in other words."""
+    """Two arms of one kind, with a projection beside the soft targets, by the names of known ones."""
     arms = {name: arm(config, name) for name in ARMS}
-    arms["gompertz"].objective.terms.kd.temperature += ".0"
+    for of_arm in arms.values():
+        of_arm.objective.terms.crd = ConfigDict({"loss": "contrastive_representation", "weight": "0.1 * curve"})
     return arms
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("compared")
-    config = small_config(**{"recipe.learning_rate": 0.05})  # a larger one magnifies rounding
+    changes = {
+        "recipe.learning_rate": 0.2,  # learns something; a larger one magnifies rounding
+        "recipe.moving_average": 0.9,
+        "teacher.cache.views": 2,
+        "order_seed": 3,
+    }
+    config = small_config(**changes)
     return config, workdir, room.compare(config, workdir, arms=arms_of(config), seeds=2)
 
 
@@ -40,8 +48,7 @@ def test_the_student_alone_is_always_there_and_every_arm_has_every_seed(compared
     assert list(results["arms"]) == ["student", *ARMS]
     assert {name: arm["about"] for name, arm in results["arms"].items()} == {
         "student": "the student alone",
-        "matched": KNOWN["matched"].about,
-        "gompertz": "an objective of its own",
+        **dict.fromkeys(ARMS, "an objective of its own"),
     }
     for of_arm in results["arms"].values():
         assert [student["seed"] for student in of_arm["students"]] == [0, 1]
@@ -57,11 +64,15 @@ def test_a_student_is_that_of_a_run_of_its_own(compared, tmp_path):
     """The run has the student's seed, the comparison's order, and its teacher."""
     config, workdir, results = compared
     alone = arms_of(config)["gompertz"]
-    alone.seed, alone.order_seed, alone.teacher.dir = 1, 0, str(workdir / "teacher")
+    alone.seed, alone.teacher.dir = 1, str(workdir / "teacher")
     result = train_and_evaluate(alone, tmp_path)
     student = results["arms"]["gompertz"]["students"][1]
-    for key in ("test_accuracy_last", "test_accuracy_best", "best_validation_accuracy", "best_step"):
-        assert student[key] == pytest.approx(result[key], abs=0.006), key  # two of 359 images
+    for key in ("last", "best"):
+        assert student[f"test_accuracy_{key}"] == pytest.approx(result[f"test_accuracy_{key}"], abs=0.006)  # two of 359
+    for key in ("test_agreement_last", "best_validation_accuracy", "best_step"):
+        assert student[key] == pytest.approx(result[key], abs=0.006), key
+    assert results["teacher_test_accuracy"] == result["teacher_test_accuracy"]
+    assert results["order_seed"] == 3
     theirs = [
         line
         for line in read_metrics(workdir / "metrics.jsonl")
@@ -71,7 +82,7 @@ def test_a_student_is_that_of_a_run_of_its_own(compared, tmp_path):
     assert [(line["step"], line["split"], line.keys()) for line in ours] == [
         (line["step"], line["split"], line.keys()) for line in theirs
     ]
-    for name in ("loss", "kd/weight", "gradient_norm", "agreement"):
+    for name in ("loss", "kd/weight", "crd/raw", "gradient_norm", "agreement"):
         values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
         assert values[0]
         np.testing.assert_allclose(*values, rtol=2e-3, err_msg=name)
@@ -113,10 +124,16 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_bit(compared, tmp_path, mo
     assert other["comparison"]["baseline"] == "student" and other["arms"] == whole["arms"]
 
 
-def test_a_student_that_fails_is_left_out_and_said_and_the_others_are_as_without_it(compared, tmp_path, capsys):
+def test_a_student_that_fails_is_left_out_and_said_and_the_others_are_as_without_it(
+    compared, tmp_path, monkeypatch, capsys
+):
     config, workdir, whole = compared
     shutil.copytree(workdir / "teacher", tmp_path / "teacher")
-    broken = config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
+    config.logging.term_gradients_every = 2
+    short = {"matched/1/crd": 4}  # as if a transport had not converged
+    monkeypatch.setattr(cohort, "drive", lambda *given, **named: drive(*given, **named)._replace(not_converged=short))
+    broken = arms_of(config)["gompertz"]
     broken.objective.terms.kd.weight = "linear(start=0, end=3e38)"
     results = room.compare(config, tmp_path, arms=arms_of(config) | {"broken": broken}, seeds=2)
     for seed, student in enumerate(results["arms"]["broken"]["students"]):
@@ -128,7 +145,18 @@ def test_a_student_that_fails_is_left_out_and_said_and_the_others_are_as_without
     for name, of_arm in whole["arms"].items():
         for ours, theirs in zip(results["arms"][name]["students"], of_arm["students"], strict=True):
             assert ours["failed_at_step"] is None
+            assert ours["not_converged_steps"] == ({"crd": 4} if (name, ours["seed"]) == ("matched", 1) else {})
             assert ours["test_accuracy_last"] == pytest.approx(theirs["test_accuracy_last"], abs=0.006)
+    of_crd = [line["crd/gradient_norm"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] % 2 == 0
+              and line.get("split") == "train" and (line["arm"], line["seed"]) == ("matched", 1)]  # fmt: skip
+    assert len(of_crd) == 20 and min(of_crd) > 0
+
+
+def test_images_other_than_those_it_began_with_are_refused(tmp_path):
+    (tmp_path / "data.json").write_text('{"sha256": "0123"}')
+    config = small_config()
+    with pytest.raises(RunError, match=r"the training images of digits .* are not those that the run in .* began with"):
+        room.compare(config, tmp_path, arms={"matched": arm(config, "matched")}, seeds=1)
 
 
 def test_a_comparison_ends_also_where_lines_were_lost_and_says_how_it_was_evaluated(compared, tmp_path):
