@@ -135,6 +135,9 @@ def test_a_finished_run_gives_the_network_it_selected(run, tmp_path):
     assert out.name == "safetensors-selected"
     accuracy = json.loads((out / "card.json").read_text())["accuracy"]
     assert accuracy["test"] == 0.9 and accuracy["validation"] == 0.7
+    # Without held-out images there is no best.
+    write_json(tmp_path / "result.json", result | {"test_accuracy_best": None, "best_validation_accuracy": None})
+    assert export.read_student(tmp_path, dataset).accuracy == {"test": 0.8, "validation": None}
 
 
 def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):

@@ -13,7 +13,10 @@ from helpers import ROOT, small_config, tiny_config, train
 from gompertz_jax.training import feed, fit, loop
 from gompertz_jax.training.data import Dataset, load
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.sharding import data_mesh
+from gompertz_jax.training.stop import Stop
 from gompertz_jax.training.teacher import load_network, save_network
+from gompertz_jax.training.workdir import frozen
 from gompertz_jax.training.writer import read_metrics
 
 
@@ -56,6 +59,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {"train_seconds", "teacher_seconds", "images_per_second"} <= result["timing"].keys()
     assert result["timing"]["train_seconds"] > 0
     assert result["teacher_test_accuracy"] > 0.5
+    card = json.loads((workdir / "teacher" / "teacher.json").read_text())
+    assert result["teacher_validation_accuracy"] == card["validation_accuracy"] > 0.5
 
 
 def test_metrics_hold_every_step_once_with_every_term_and_schedule(finished):
@@ -231,6 +236,22 @@ def test_a_result_says_of_each_network_what_it_does_on_the_test_images_read_once
     assert reads == [1] and (result["best_validation_accuracy"], result["best_step"]) == (0.25, 27)
     assert result["not_converged_steps"] == {"kd": 3}
     jax.tree.map(np.testing.assert_array_equal, load_network(tmp_path).params, best.params)
+
+
+def test_the_teacher_is_its_best_network_and_a_student_may_begin_as_a_whole_one(tmp_path, monkeypatch):
+    config, dataset = small_config(), load("digits", validation=100)
+    spec, shift = config.teacher.to_dict(), lambda leaf: leaf + np.float32(0.5)
+    last = loop.network_from(spec, dataset, seed=1)
+    best = last.replace(params=jax.tree.map(shift, last.params), stats=jax.tree.map(shift, last.stats))
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: fit.Fitted(last, best, 0.25, 27, 9.0, 5.0, {}))
+    images = feed.Images.of(dataset, config.data, data_mesh())
+    arguments = dataset, images, tmp_path, data_mesh(), Stop()
+    teacher, _ = loop.trained_teacher(config, frozen(config), *arguments)
+    begun = loop.begun_from(tmp_path, last)
+    for network in (teacher, begun):
+        jax.tree.map(np.testing.assert_array_equal, (network.params, network.stats), (best.params, best.stats))
+    card = json.loads((tmp_path / "teacher.json").read_text())
+    assert (card["selected_step"], card["validation_accuracy"]) == (27, 0.25)
 
 
 def test_the_teachers_own_recipe_smooths_its_own_labels(tmp_path, monkeypatch):

@@ -65,6 +65,19 @@ def test_clipping_is_by_the_global_norm():
     np.testing.assert_allclose(got["student"], -0.1 * 3.0 / 6.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_clipping_is_of_the_gradient_alone_before_decay_and_momentum(decoupled):
+    gradients, w = np.float32([[3.0, 3.0], [0.1, 0.2]]), np.float32([2.0, -1.0])
+    made = recipe(clip_norm=1.0, momentum=0.9, nesterov=False, weight_decay=0.5, decoupled_decay=decoupled)
+    v, expected = 0.0, w.astype(np.float64)
+    for g in gradients.astype(np.float64):
+        g = g * min(1.0, 1.0 / np.linalg.norm([*g, *g]))  # of both halves of the tree; the second is short enough
+        decay = 0.5 * expected
+        v = 0.9 * v + (g if decoupled else g + decay)
+        expected = expected - 0.1 * (v + (decay if decoupled else 0.0))
+    np.testing.assert_allclose(run(made, gradients, w)["student"], expected, rtol=1e-6)
+
+
 def test_multistep_rate_with_warmup():
     made = recipe(epochs=10, learning_rate=0.5, decay="multistep", boundaries=(4, 8), warmup_epochs=2.0)
     rate = optim.learning_rate(made, steps_per_epoch=5)

@@ -91,6 +91,13 @@ def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
     np.testing.assert_allclose(shapes.mean, [0.35])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_network_computes_in_the_dtype_that_its_config_names(dtype):
+    network = room.network_from({**SPEC, "dtype": dtype}, dataset(), seed=3)
+    found, _ = jax.eval_shape(lambda images: network.forward(images, train=False), jnp.zeros((2, 8, 8, 1)))
+    assert {feature.dtype for feature in found.features} == {jnp.dtype(dtype)}
+
+
 def test_fingerprints_tell_networks_apart():
     one, same, other = (room.network_from(SPEC, dataset(), seed=seed) for seed in (3, 3, 4))
     assert room.fingerprint(one) == room.fingerprint(same) != room.fingerprint(other)
