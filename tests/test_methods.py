@@ -112,4 +112,4 @@ def test_every_term_of_every_method_trains_the_student_and_nothing_is_infinite()
 def test_data_that_a_method_does_not_know_is_one_line():
     run = train(f"--config={ROOT / 'configs' / 'methods' / 'crd.py'}:mnist")
     assert run.returncode == 1
-    assert run.stderr == "error: --config: a method runs on digits or cifar100, got mnist\n"
+    assert run.stderr == "error: --config: a method runs on digits or cifar100, got 'mnist'\n"

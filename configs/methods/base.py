@@ -13,6 +13,7 @@ student alone at 72.50 %. Weights are constant, as published; under the Gompertz
 from ml_collections import ConfigDict
 
 from configs import cifar100, digits
+from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.objectives import LOSSES
 
 
@@ -24,7 +25,7 @@ def start(base: str):
         config.teacher.model, config.student.model = "resnet32x4", "resnet8x4"
         config.recipe.learning_rate = 0.05
     else:
-        raise KeyError(f"a method runs on digits or cifar100, got {base}")
+        raise RunError(f"a method runs on digits or cifar100, got {base!r}")
     config.objective.terms = ConfigDict({"ce": {"loss": "cross_entropy", "weight": "1"}})
     return config
 

@@ -59,6 +59,8 @@ def config_fault(file: str, *, flag: str = "--config") -> str | None:
         if "get_config" not in content:
             return f"{path} has no get_config(), the function that returns the config"
         config = content["get_config"](*variant)
+    except RunError as error:  # meant to be read
+        return f"{flag}: {error}"
     except SyntaxError as error:
         return f"{error.filename or path}, line {error.lineno}: {error.msg}"
     except Exception as error:
