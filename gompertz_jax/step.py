@@ -591,8 +591,8 @@ def make_eval_step(
     """The compiled evaluation of a network on a whole split, in evaluation mode.
 
     Args:
-      batch_size: images per forward pass, on a mesh rounded up to a multiple of its devices; it affects results by
-        rounding only.
+      batch_size: images per forward pass, at most; on a mesh rounded up to a multiple of its devices. It affects
+        results by rounding only.
       mesh: devices to spread each pass over; see `make_train_step`.
 
     Returns:
@@ -608,7 +608,9 @@ def make_eval_step(
         if len(images) != len(labels):
             raise ValueError(f"images and labels must be as many, got {len(images)} and {len(labels)}")
         count = images.shape[0]
-        size = -(-min(batch_size, count) // devices) * devices
+        # As few batches as there can be, of one size, as small as that can be: 640 images are two batches of 320.
+        batches = -(-count // batch_size)
+        size = -(-count // (batches * devices)) * devices
         missing = max(size - count, 0)  # of a split that is smaller than a batch of these devices
         images, labels = (jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (images, labels))
         last = len(images) - size

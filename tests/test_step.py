@@ -806,6 +806,21 @@ def test_evaluation_does_not_depend_on_how_the_split_divides(count):
     np.testing.assert_allclose(got.cross_entropy, -log_p[np.arange(count), labels].mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "size"), [(640, 320), (500, 500), (501, 251), (1000, 500), (7, 7)])
+def test_evaluation_takes_batches_of_one_size_and_hardly_an_image_twice(count, size):
+    seen = set()
+
+    def apply(params, stats, images, *, train, key=None):
+        seen.add(len(images))
+        pooled = images.reshape(len(images), -1)
+        return gj.Outputs(pooled @ params, (images,), pooled), stats
+
+    network = gj.Network(apply, jnp.zeros((4, 3)), {}, 0.0, 1.0)
+    images = jax.ShapeDtypeStruct((count, 2, 2, 1), jnp.uint8)
+    jax.eval_shape(gj.make_eval_step(batch_size=500), network, images, jax.ShapeDtypeStruct((count,), jnp.int32))
+    assert seen == {size}
+
+
 def test_evaluation_makes_no_second_copy_of_the_split():
     network, count = linear_network(1), 4001
     images = jax.ShapeDtypeStruct((count, *SHAPE), jnp.uint8)
