@@ -40,7 +40,6 @@ from .training.data import Dataset, of_config
 from .training.drive import Driven, Plan, Program, Snapshot, drive
 from .training.errors import RunError
 from .training.feed import Feed, Images
-from .training.files import read_json
 from .training.fit import Best, make_snapshot, projections_key, teacher_outputs
 from .training.loop import (
     Teacher,
@@ -48,6 +47,7 @@ from .training.loop import (
     evaluated_otherwise,
     obtain_teacher,
     order_seed,
+    planned,
     student_seed,
     teacher_shapes,
 )
@@ -57,7 +57,7 @@ from .training.reader import StudentMetrics
 from .training.sharding import check_batch, data_mesh, on_main, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, read_card
-from .training.workdir import CONFIG, begun_with, check_data, claim_workdir, frozen
+from .training.workdir import begun_with, check_data, claim_workdir, frozen
 from .training.writer import METRICS, read_metrics
 
 
@@ -220,21 +220,16 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[li
     return found
 
 
-def _arms_of(workdir: Path) -> list[str]:
-    """The arms of a workdir in the order of its first start: its checkpoints know students by their place only."""
-    return list(read_json(workdir / CONFIG)["arms"]) if (workdir / CONFIG).exists() else []
-
-
 def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     """Train every arm with every seed, resuming from the newest checkpoint."""
-    cohort = cohort.in_order_of(on_main(lambda: _arms_of(workdir)))
+    # Checkpoints know students by their place only.
+    cohort = cohort.in_order_of(on_main(lambda: list(begun_with(workdir, "arms") or ())))
     config, content, mesh = cohort.config, cohort.content, data_mesh()
     sharing = mesh.size if divides(cohort.layout) else 1  # the devices that share a batch
     check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
-    plan = Plan.of(config.recipe, config, len(dataset.train.labels), begun=begun)
+    plan = planned(config.recipe, config, dataset, workdir)
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in cohort.arms.items()}
     distils = any(term.distils for objective in objectives.values() for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None

@@ -1,6 +1,6 @@
 """What a finished run or comparison shows a person: cards, tables and pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +322,17 @@ def _most_common_term(results: Mapping[str, Any]) -> str:
 
 def over_seeds(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """The steps at which the lines have a value, and its means over the lines of each."""
-    at: dict[int, list[float]] = {}
-    for line in lines:
-        if line.get(key) is not None:
-            at.setdefault(line["step"], []).append(line[key])
+    at = _by_step((line["step"], line[key]) for line in lines if line.get(key) is not None)
     steps = sorted(at)
     return steps, [float(np.mean(at[step])) for step in steps]
+
+
+def _by_step(points: Iterable[Sequence[Any]]) -> dict[int, list[float]]:
+    """The values of pairs of a step and a value, by step."""
+    at: dict[int, list[float]] = {}
+    for step, value in points:
+        at.setdefault(step, []).append(value)
+    return at
 
 
 def validation_figure(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
@@ -349,11 +354,8 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
     shown = _most_common_term(results)
     for number, (name, arm) in enumerate(arms.items()):
         look = line_of(number)
-        at: dict[int, list[float]] = {}
-        for student in arm["students"]:
-            if student["failed_at_step"] is None:
-                for step, accuracy in student["validation"]:
-                    at.setdefault(step, []).append(accuracy)
+        whole = [student["validation"] for student in arm["students"] if student["failed_at_step"] is None]
+        at = _by_step(point for curve in whole for point in curve)
         if at:
             steps = sorted(at)  # at some of which lines may be lost, so that not every student has a value
             found = [summary(at[step]) for step in steps]

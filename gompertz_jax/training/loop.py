@@ -143,8 +143,7 @@ def _run(
     check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
-    plan = Plan.of(config.recipe, config, len(dataset.train.labels), begun=begun)
+    plan = planned(config.recipe, config, dataset, workdir)
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
@@ -200,6 +199,12 @@ def _run(
     result = on_main(lambda: conclude(workdir, result))
     say(report.result_card(result, workdir))
     return result
+
+
+def planned(recipe: Config, config: Config, dataset: Dataset, workdir: Path, *, where: str = "recipe") -> Plan:
+    """The plan of a recipe on a data set, with the dispatches of the workdir's first start."""
+    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
+    return Plan.of(recipe, config, len(dataset.train.labels), where=where, begun=begun)
 
 
 def evaluated_otherwise(workdir: Path, content: Mapping[str, Any]) -> list[str]:
@@ -392,8 +397,7 @@ def trained_teacher(
         return load_network(workdir), card["timing"]["train_seconds"]
     on_main(lambda: claim_workdir(workdir, content))
     origin, recipe = provenance(), config.teacher.recipe
-    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
-    plan = Plan.of(recipe, config, len(dataset.train.labels), where="teacher.recipe", begun=begun)
+    plan = planned(recipe, config, dataset, workdir, where="teacher.recipe")
     say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
     fitted = fit(
         config,

@@ -276,9 +276,10 @@ def describe(
         )
     elif views:
         rows.append(("views", f"{views} of each image"))
-    rows += [("terms", line) for line in text_table(_weights(objective, steps))]
-    for term in objective.terms:
-        rows += [("warning", text) for text in doubts_of_weight(term.name, sampled(term.weight, steps))]
+    weights = [sampled(term.weight, steps) for term in objective.terms]
+    rows += [("terms", line) for line in text_table(_weights(objective.terms, weights))]
+    for term, values in zip(objective.terms, weights, strict=True):
+        rows += [("warning", text) for text in doubts_of_weight(term.name, values)]
     per_epoch = max(1, len(dataset.train.labels) // batch_size)
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
@@ -296,11 +297,10 @@ def describe(
     )
 
 
-def _weights(objective: Objective, steps: int) -> list[tuple[str, ...]]:
-    """Each term's weight over training, as rows of a table."""
+def _weights(terms: Sequence[Term], weights: Sequence[np.ndarray]) -> list[tuple[str, ...]]:
+    """Each term's weight over training, given at every step, as rows of a table."""
     rows: list[tuple[str, ...]] = [("weight at", "0 %", "25 %", "50 %", "75 %", "100 %", "mean")]
-    for term in objective.terms:
-        values = sampled(term.weight, steps)
+    for term, values in zip(terms, weights, strict=True):
         shown = [f"{value:.3g}" for value in corners(values)]
         if isinstance(term.weight, ByProgress):  # no step is known to it, so its mean is not either
             rows.append((f"{term.name} (of progress)", *shown, ""))
