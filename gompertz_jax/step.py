@@ -467,8 +467,7 @@ def make_train_step(
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
-        check_batch(batch)
-        batch, key = spread_batch(_as_jax(batch), mesh), step_key(seed, state.step)
+        batch, key = spread_batch(check_batch(batch), mesh), step_key(seed, state.step)
         return learn(state, lambda terms: teach(teacher, batch, terms, key), batch, key)
 
     # One step goes through `scan` too: a second form of the program would round differently.
@@ -503,8 +502,7 @@ def make_gradient_report(
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         check_state(state)
-        check_batch(batch)
-        batch, key = spread_batch(_as_jax(batch), mesh), step_key(seed, state.step)
+        batch, key = spread_batch(check_batch(batch), mesh), step_key(seed, state.step)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
@@ -523,8 +521,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {shown(seed)}")
 
 
-def check_batch(batch: Any) -> None:
-    """Refuse anything that is not a batch, with a clear message, before a network sees it."""
+def check_batch(batch: Any) -> Batch:
+    """Refuse anything that is not a batch, with a clear message, before a network sees it.
+
+    Returns:
+      The batch in JAX's arrays: outside of `jit`, as under `jax.disable_jit`, NumPy's arrive as they are.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be {{'image': [B, h, w, c], 'label': [B]}}, got {shown(batch)}")
     if not {"image", "label"} <= batch.keys():
@@ -549,10 +551,6 @@ def check_batch(batch: Any) -> None:
             raise ValueError(
                 f"{name} must be floats, one row per image, [{image.shape[0]}, _], got {rows.dtype} {rows.shape}"
             )
-
-
-def _as_jax(batch: Mapping[str, Array | np.ndarray]) -> Batch:
-    """A batch of JAX arrays: outside of `jit`, as under `jax.disable_jit`, NumPy's arrive as they are."""
     return {name: jnp.asarray(values) if isinstance(values, np.ndarray) else values for name, values in batch.items()}
 
 

@@ -258,8 +258,7 @@ def make_comparison_step(
         students: Students, arms: Sequence[Array], teacher: Network | None, data: Any
     ) -> tuple[Students, tuple[Metrics, ...]]:
         batch = batch_of(data, students.step)
-        check_batch(batch)
-        batch, key = spread_batch(batch, dividing), step_key(seed, students.step)
+        batch, key = spread_batch(check_batch(batch), dividing), step_key(seed, students.step)
         taught = teach_all(teacher, batch, groups, key, students.step)
 
         def one(group: Group, taught: Taught | None, state: TrainState, arm: Array) -> tuple[TrainState, Metrics]:
