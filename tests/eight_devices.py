@@ -43,9 +43,10 @@ PROJECTIONS = {
 def objective():
     """All terms; which of them count is a function of the step, so that one program serves every case.
 
-    The first three steps have the first term alone, the next three the second, and so on; the last three have all.
+    The first three steps have the first term alone, the next three the second, and so on; the last three have the mean
+    of all, because under their sum, steps are so long that rounding grows a hundredfold.
     """
-    table = np.concatenate([np.eye(len(LOSSES)), np.ones((1, len(LOSSES)))]).astype(np.float32)
+    table = np.concatenate([np.eye(len(LOSSES)), np.full((1, len(LOSSES)), 1 / len(LOSSES))]).astype(np.float32)
 
     def weight(column):
         return lambda step: jnp.asarray(table[:, column])[step // STEPS]

@@ -39,14 +39,19 @@ def eight(tmp_path_factory):
     return directory
 
 
+def arrays(file):
+    with np.load(file) as found:
+        return dict(found)
+
+
 def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(a)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_train_as_one(eight, case):
-    """Losses and weights after three steps of each term, and of all of them."""
-    one, several = np.load(eight / "one.npz"), np.load(eight / "eight.npz")
+    """Losses and weights after three steps of each term, and of the mean of all."""
+    one, several = arrays(eight / "one.npz"), arrays(eight / "eight.npz")
     np.testing.assert_allclose(several[f"{case}/losses"], one[f"{case}/losses"], rtol=TOLERANCE)
     assert distance(one[f"{case}/weights"], several[f"{case}/weights"]) < TOLERANCE
     assert one[f"{case}/losses"][0] > (1e-4 if case in SMALL else 1e-3)
@@ -56,7 +61,7 @@ def test_eight_devices_train_as_one(eight, case):
 
 
 def test_gradients_measured_of_divided_batches_are_those_of_one_device(eight):
-    one, several = np.load(eight / "measured_one.npz"), np.load(eight / "measured_eight.npz")
+    one, several = arrays(eight / "measured_one.npz"), arrays(eight / "measured_eight.npz")
     assert {f"all/{term}{end}" for term in MEASURED for end in TELEMETRY} <= {*one.keys()}
     for name in one.keys() - {"all/weights"}:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-3, atol=1e-4, err_msg=name)
@@ -79,7 +84,7 @@ def test_a_comparison_on_eight_devices_is_that_of_one_also_with_images_from_the_
 
 
 def test_normalising_each_device_s_images_alone_would_be_noticed(eight):
-    one, wrong = np.load(eight / "one.npz"), np.load(eight / "per_device.npz")
+    one, wrong = arrays(eight / "one.npz"), arrays(eight / "per_device.npz")
     ours, theirs = one["cross_entropy/losses"], wrong["cross_entropy/losses"]
     assert distance(ours, theirs) > 100 * TOLERANCE
     assert abs(ours[0] - theirs[0]) > 100 * TOLERANCE
@@ -129,7 +134,7 @@ def collectives(lines):
 
 
 def test_students_divided_among_devices_are_those_of_one_and_do_not_wait_for_each_other(eight):
-    one, several = np.load(eight / "students_one.npz"), np.load(eight / "students_eight.npz")
+    one, several = arrays(eight / "students_one.npz"), arrays(eight / "students_eight.npz")
     assert one.keys() == several.keys() and len(one.keys()) > 50
     for path, values in one.items():
         np.testing.assert_allclose(several[path], values, rtol=1e-4, atol=1e-6, err_msg=path)
@@ -322,7 +327,7 @@ def test_two_processes_train_stop_and_resume_together_as_one(stopped, changes, t
 
 
 def test_a_frozen_teacher_of_loops_is_stored_on_eight_devices_as_it_speaks_on_one(eight):
-    found = np.load(eight / "stored.npz")
+    found = arrays(eight / "stored.npz")
     assert found["loops"] == 1 and found["found"].shape == (1338, 10)
     np.testing.assert_allclose(found["found"], found["plain"], rtol=1e-4, atol=1e-5)
 
