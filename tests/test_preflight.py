@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import tiny_config
 from ml_collections import ConfigDict
@@ -43,6 +44,7 @@ def describe(data, *, student="resnet8", teacher="resnet8", devices=1, views=0, 
         student=("student", config.student.to_dict(), network(student, data)),
         teacher=("teacher", config.teacher.to_dict(), network(teacher, data)),
         objective=objective,
+        rate=optax.piecewise_constant_schedule(0.05, {60: 0.1}),
         batch_size=64,
         steps=100,
         steps_per_dispatch=50,
@@ -61,6 +63,7 @@ def test_the_reference_pair_is_described():
         "wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's channels "
         "standardised), 2,625,536 parameters",
         "100 of 64 images, 50 per dispatch",
+        "  rate      0.05 at 0 %, 0.05 at 25 %, 0.05 at 50 %, 0.005 at 75 %, 0.005 at 100 %\n",
         "  terms     weight at    0 %      25 %   50 %   75 %   100 %  mean\n            ce           1        1  ",
         "            kd           0.00674  ",
         "MiB",

@@ -28,6 +28,7 @@ from .feed import Images, device_room, in_parts
 from .files import read_json, set_aside, write_json
 from .fit import Fitted, fit
 from .objectives import build_objective
+from .optim import learning_rate
 from .sharding import check_batch, data_mesh, on_main, say, together
 from .stop import Stop
 from .teacher import (
@@ -124,6 +125,7 @@ def described(
         student=("student", content["student"], network_shapes(content["student"], dataset)),
         teacher=teacher,
         objective=objective,
+        rate=learning_rate(config.recipe, steps_per_epoch=plan.steps_per_epoch),
         batch_size=config.recipe.batch_size,
         steps=plan.steps,
         steps_per_dispatch=plan.steps_per_dispatch,

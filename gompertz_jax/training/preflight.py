@@ -15,10 +15,10 @@ from ..objective import Objective, Term, evaluate
 from ..projections import init_projections, project, stage_pairs
 from ..record import Leading, NotStored, Record, StoredOutputs, no_pullback
 from ..report import text_table
-from ..schedules import ByProgress
+from ..schedules import ByProgress, Schedule
 from .data import Dataset
 from .errors import RunError
-from .objectives import corners, doubts_of_weight, sampled
+from .objectives import PARTS, corners, doubts_of_weight, sampled
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -203,6 +203,7 @@ def describe(
     student: Role,
     teacher: Role | None,
     objective: Objective,
+    rate: Schedule,
     batch_size: int,
     steps: int,
     steps_per_dispatch: int,
@@ -219,6 +220,7 @@ def describe(
       student: who learns.
       teacher: who teaches, if anyone.
       objective: what is minimised.
+      rate: the learning rate by step.
       batch_size: images per step, over all devices.
       steps: how many steps are taken.
       steps_per_dispatch: how many of them a dispatch takes.
@@ -288,6 +290,8 @@ def describe(
         f"{steps / per_epoch:.3g} epochs of {per_epoch:,} whole batches"
     )
     rows.append(("steps", taken))
+    rates = zip(corners(sampled(rate, steps)), PARTS, strict=True)
+    rows.append(("rate", ", ".join(f"{value:.3g} at {part:.0%}".replace("%", " %") for value, part in rates)))
     memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
