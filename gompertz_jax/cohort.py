@@ -54,7 +54,7 @@ from .training.loop import (
 from .training.objectives import build_objective, corners, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
 from .training.reader import StudentMetrics
-from .training.sharding import check_batch, data_mesh, on_main, say, together
+from .training.sharding import check_batch_size, data_mesh, on_main, say, together
 from .training.stop import Stop
 from .training.teacher import network_from, read_card
 from .training.workdir import begun_with, check_data, claim_workdir, frozen
@@ -226,7 +226,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     cohort = cohort.in_order_of(on_main(lambda: list(begun_with(workdir, "arms") or ())))
     config, content, mesh = cohort.config, cohort.content, data_mesh()
     sharing = mesh.size if divides(cohort.layout) else 1  # the devices that share a batch
-    check_batch(config.recipe.batch_size, sharing, "recipe.batch_size")
+    check_batch_size(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = planned(config.recipe, config, dataset, workdir)

@@ -194,10 +194,10 @@ def test_with_one_process_work_is_done_here_and_its_failure_is_its_own():
 )
 def test_a_batch_that_does_not_divide_is_refused(batch, devices, message):
     if message is None:
-        sharding.check_batch(batch, devices, "recipe.batch_size")
+        sharding.check_batch_size(batch, devices, "recipe.batch_size")
     else:
         with pytest.raises(RunError, match=re.escape(message)):
-            sharding.check_batch(batch, devices, "recipe.batch_size")
+            sharding.check_batch_size(batch, devices, "recipe.batch_size")
 
 
 def test_an_entry_of_a_batch_without_rows_is_told():

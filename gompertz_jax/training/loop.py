@@ -29,7 +29,7 @@ from .files import read_json, set_aside, write_json
 from .fit import Fitted, fit
 from .objectives import build_objective
 from .optim import learning_rate
-from .sharding import check_batch, data_mesh, on_main, say, together
+from .sharding import check_batch_size, data_mesh, on_main, say, together
 from .stop import Stop
 from .teacher import (
     gate,
@@ -142,7 +142,7 @@ def _run(
 ) -> dict[str, Any]:
     """The run itself, once it has the workdir to itself."""
     mesh = data_mesh()
-    check_batch(config.recipe.batch_size, mesh.size, "recipe.batch_size")
+    check_batch_size(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
     plan = planned(config.recipe, config, dataset, workdir)
@@ -336,7 +336,7 @@ def teacher_shapes(
     if config.teacher.dir:
         directory = _teacher_directory(config)
         return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
-    check_batch(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
+    check_batch_size(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
     Plan.of(config.teacher.recipe, config, len(dataset.train.labels), where="teacher.recipe")
     return content["teacher"], network_shapes(content["teacher"], dataset)
 

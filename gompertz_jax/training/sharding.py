@@ -130,7 +130,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(place, tree)
 
 
-def check_batch(batch_size: int, devices: int, where: str) -> None:
+def check_batch_size(batch_size: int, devices: int, where: str) -> None:
     """Refuse a batch that cannot be divided equally.
 
     Args:
