@@ -150,12 +150,12 @@ def _preview(parsed: argparse.Namespace) -> None:
     print(preview.as_text(shown))
 
 
-ARMS = "student,kd,constant,matched,linear,cosine,logistic,gompertz,reversed,progress,full"
+_DEFAULT_ARMS = "student,kd,constant,matched,linear,cosine,logistic,gompertz,reversed,progress,full"
 
 
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help="arms of a config, each with several seeds, as one program")
-    _add_trials(parser, arms=ARMS, seeds=5)
+    _add_trials(parser, arms=_DEFAULT_ARMS, seeds=5)
     parser.add_argument("--baseline", default="", help="the arm to compare with; default matched, or student")
     parser.set_defaults(run=_compare)
 

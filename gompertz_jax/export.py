@@ -41,8 +41,6 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _COMPARED = 64  # real images whose logits must agree before an export is done
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest logit
 
-Function = Callable[[Any], Any]
-
 
 class Student(NamedTuple):
     """A student and where it is from.
@@ -239,7 +237,7 @@ def _channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     return channels, height, width
 
 
-def _logits(network: Network, fold: bool) -> Function:
+def _logits(network: Network, fold: bool) -> Callable[[Any], Any]:
     # Unless it is folded in, the images come normalised already.
     plain = network if fold else network.replace(mean=np.float32(0), std=np.float32(1))
     return lambda images: plain.forward(images, train=False)[0].logits

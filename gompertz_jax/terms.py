@@ -16,11 +16,9 @@ from jaxtyping import Array, Float
 
 from .losses import closed_forms, features, gradients, logits, relations
 from .network import Outputs
-from .projections import stage_pairs
+from .projections import Pairs, stage_pairs
 from .record import Record, Taught
 
-# A term over several stages; each pair is (student stage, teacher stage).
-Pairs = tuple[tuple[int, int], ...]
 Health = dict[str, Float[Array, "..."]]
 
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)  # of MLKD's three levels

@@ -96,8 +96,8 @@ def multi_temperature_kl(
     """
     if len(temperatures) == 0:
         raise ValueError(f"temperatures must have at least one number, got {temperatures!r}")
-    checked = [temperature_number("temperatures", temperature) for temperature in temperatures]
-    first, *rest = (soft_target_kl(student_logits, teacher_logits, temperature=number) for number in checked)
+    numbers = [temperature_number("temperatures", temperature) for temperature in temperatures]
+    first, *rest = (soft_target_kl(student_logits, teacher_logits, temperature=number) for number in numbers)
     return sum(rest, start=first)
 
 

@@ -40,20 +40,20 @@ class _Recipe(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
-def _thin(depth: int, widths: tuple[int, ...]) -> _Recipe:
+def _cifar_resnet(depth: int, widths: tuple[int, ...]) -> _Recipe:
     return _Recipe(functools.partial(ResNet, BasicBlock, ((depth - 2) // 6,) * 3, widths, stem="cifar"))
 
 
-def _wide(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> _Recipe:
+def _imagenet_resnet(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> _Recipe:
     return _Recipe(functools.partial(ResNet, block, depths, (64, 64, 128, 256, 512)), {"stem": "cifar"})
 
 
 _RECIPES: dict[str, _Recipe] = {
-    **{f"resnet{depth}": _thin(depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": _thin(depth, (32, 64, 128, 256)) for depth in (8, 32)},
-    "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": _wide(Bottleneck, (3, 4, 6, 3)),
+    **{f"resnet{depth}": _cifar_resnet(depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": _cifar_resnet(depth, (32, 64, 128, 256)) for depth in (8, 32)},
+    "resnet18": _imagenet_resnet(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _imagenet_resnet(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _imagenet_resnet(Bottleneck, (3, 4, 6, 3)),
     "mobilenetv2": _Recipe(MobileNetV2, {"width": 0.5, "stem": "strided"}),
     **{
         f"wrn_{depth}_{widen}": _Recipe(functools.partial(WideResNet, depth, widen))
@@ -171,7 +171,7 @@ def create(
         dtype = jnp.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise TypeError(f"dtype must be a floating dtype such as float32 or bfloat16, got {shown(dtype)}") from error
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name!r}")
     chosen = tuple(sorted({**defaults, **options}.items()))
     apply, init = _functional(name, num_classes, in_channels, dtype, chosen)

@@ -14,7 +14,7 @@ from .layers import BatchNorm, DepthwiseConv, Draws, Linear, global_mean, in_tur
 from .resnet import ConvNorm
 
 # (expansion, channels at width 1, blocks) of the seven groups; table 2 of the paper
-_GROUPS = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+GROUPS = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 _HEAD_CHANNELS = 1280
 
 # stem -> strides of the stem and of each group's first block
@@ -82,7 +82,7 @@ class MobileNetV2(nnx.Module):
         channels = scale(32 * width)
         self.stem = ConvNorm(in_channels, channels, 3, stride=stem_stride, draws=draws)
         groups = []
-        for group, ((expansion, base, blocks), stride) in enumerate(zip(_GROUPS, strides, strict=True), start=1):
+        for group, ((expansion, base, blocks), stride) in enumerate(zip(GROUPS, strides, strict=True), start=1):
             names = []
             for index in range(1, blocks + 1):
                 names.append(f"group{group}_block{index}")

@@ -14,7 +14,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ..network import Network, PyTree
-from .mobilenet import _GROUPS
+from . import from_card
+from .mobilenet import GROUPS
 
 Module = tuple[str, ...]
 
@@ -150,9 +151,9 @@ def _mobilenet_torchvision(path: Module) -> str:
     if path == ("head",):
         return "classifier.1"
     if path[0] in ("stem", "last"):
-        return f"features.{0 if path[0] == 'stem' else 1 + sum(blocks for *_, blocks in _GROUPS)}.{norm}"
+        return f"features.{0 if path[0] == 'stem' else 1 + sum(blocks for *_, blocks in GROUPS)}.{norm}"
     group, index = _numbers(path[0])
-    block = 1 + sum(blocks for *_, blocks in _GROUPS[: group - 1]) + index
+    block = 1 + sum(blocks for *_, blocks in GROUPS[: group - 1]) + index
     widened = int(group > 1)  # the first block has no expansion
     units = {"expand": f"0.{norm}", "depthwise": f"{widened}.{norm}", "project": f"{widened + 1 + norm}"}
     return f"features.{block}.conv.{units[path[1].removesuffix('_norm')]}"
@@ -237,8 +238,6 @@ def from_state_dict(
       ValueError: an unknown model; tensors that are missing, unexpected or of another shape, all of them named; a
         normalisation that is not known.
     """
-    from . import from_card
-
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     options, tried = dict(options or {}), []
     for layout in layouts(model, options):
