@@ -20,12 +20,9 @@ from .training.config import Config
 from .training.errors import RunError
 from .training.feed import in_parts
 from .training.files import replace_text, write_json
-from .training.loop import finished
 from .training.sharding import on_main, say, together
 from .training.stop import Stop
-from .training.workdir import provenance, sole_use
-
-RESULTS = "results.json"
+from .training.workdir import COMPARISON, finished_result, provenance, sole_use
 
 
 def compare(
@@ -62,7 +59,7 @@ def compare(
     with Stop() as stop:
         origin = provenance()
         cohort = Cohort.of(config, arms, seeds, layout)
-        results = on_main(lambda: finished(workdir, RESULTS, cohort.content))
+        results = on_main(lambda: finished_result(workdir, COMPARISON, cohort.content))
         if results is not None:
             say(f"{workdir} holds a finished comparison; another --workdir starts a new one.")
         else:
@@ -78,8 +75,8 @@ def _conclude(workdir: Path, results: dict[str, Any], baseline: str) -> dict[str
     text = report.as_markdown(results)
     report.save(report.comparison_figure(results), workdir / "comparison.png")
     replace_text(workdir / "results.md", text)
-    write_json(workdir / RESULTS, results)
-    say(f"{text}\nfiles     {workdir}/ {RESULTS}, results.md, comparison.png, metrics.jsonl, checkpoints/, teacher/")
+    write_json(workdir / COMPARISON, results)
+    say(f"{text}\nfiles     {workdir}/ {COMPARISON}, results.md, comparison.png, metrics.jsonl, checkpoints/, teacher/")
     say(f"next      gompertz-jax report {workdir}")
     return results
 

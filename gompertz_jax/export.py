@@ -27,7 +27,7 @@ from .training.errors import RunError
 from .training.files import read_json, write_json
 from .training.sharding import data_mesh, replicate
 from .training.teacher import held_out, load_network, network_shapes
-from .training.workdir import CONFIG, provenance, with_defaults
+from .training.workdir import CHECKPOINTS, CONFIG, RESULT, provenance, with_defaults
 from .training.writer import METRICS, read_metrics
 
 FORMATS = {
@@ -73,22 +73,22 @@ def read_student(workdir: Path, dataset: Dataset, *, step: int | None = None) ->
       RunError: nothing is saved there at that step, or it is damaged.
     """
     spec = with_defaults(read_json(workdir / CONFIG))["student"]
-    if step is None and (workdir / "result.json").is_file():
-        result = read_json(workdir / "result.json")
+    if step is None and (workdir / RESULT).is_file():
+        result = read_json(workdir / RESULT)
         best = result["test_accuracy_best"]
         accuracy = {
             "test": result["test_accuracy_last"] if best is None else best,
             "validation": result["best_validation_accuracy"],
         }
         return Student(load_network(workdir), spec, None, accuracy)
-    steps = saved_steps(workdir / "checkpoints")
+    steps = saved_steps(workdir / CHECKPOINTS)
     if step is None and steps:
         step = steps[-1]
     if step is None or step not in steps:
         asked = "" if step is None else f" of step {step}"
         there = f"there are those of {', '.join(map(str, steps))}" if steps else "none is saved yet"
         raise RunError(f"{workdir} has no whole checkpoint{asked}: {there}")
-    state, _ = read_state(workdir / "checkpoints" / str(step))
+    state, _ = read_state(workdir / CHECKPOINTS / str(step))
     shapes = network_shapes(spec, dataset)
     params, stats = (state["params"], state["stats"]) if state["average"] is None else state["average"]
     network = shapes.replace(

@@ -10,6 +10,7 @@ from typing import Any
 from . import report
 from .training.errors import RunError
 from .training.files import read_json, replace_text
+from .training.workdir import COMPARISON, CONFIG, RESULT, SEARCH
 from .training.writer import METRICS, read_metrics
 
 STYLE = """
@@ -36,13 +37,13 @@ def write(workdir: Path, out: Path) -> None:
       RunError: the workdir holds none of these; or the page cannot be written.
     """
     lines = read_metrics(workdir / METRICS)
-    if (workdir / "results.json").exists():
-        body = _comparison(read_json(workdir / "results.json"), lines)
-    elif (workdir / "tune.json").exists():
-        body = _search(read_json(workdir / "tune.json"), lines)
-    elif (workdir / "config.json").exists():
-        config = read_json(workdir / "config.json")
-        result = read_json(workdir / "result.json") if (workdir / "result.json").exists() else None
+    if (workdir / COMPARISON).exists():
+        body = _comparison(read_json(workdir / COMPARISON), lines)
+    elif (workdir / SEARCH).exists():
+        body = _search(read_json(workdir / SEARCH), lines)
+    elif (workdir / CONFIG).exists():
+        config = read_json(workdir / CONFIG)
+        result = read_json(workdir / RESULT) if (workdir / RESULT).exists() else None
         body = _going(config, lines) if "arms" in config else _run(result, config, lines)
     else:
         raise RunError(f"{workdir} holds no run and no comparison: give the --workdir of one")

@@ -21,13 +21,11 @@ from .training.check_config import PREVIEWED
 from .training.config import Config, get_default
 from .training.errors import RunError
 from .training.files import replace_text, write_json
-from .training.loop import finished
 from .training.objectives import LOSSES, build_objective
 from .training.sharding import on_main, say
 from .training.stop import Stop
-from .training.workdir import frozen, provenance, sole_use
+from .training.workdir import SEARCH, finished_result, frozen, provenance, sole_use
 
-RESULT = "tune.json"
 LONGEST_NAME = 200  # of an arm, in bytes: file systems take 255, of which the endings of best/NAME.py need some
 
 
@@ -202,7 +200,7 @@ def tune(
     with Stop() as stop:
         origin = provenance()
         listed = Cohort.of(config, tried, seeds, layout)
-        result = on_main(lambda: finished(workdir, RESULT, listed.content))
+        result = on_main(lambda: finished_result(workdir, SEARCH, listed.content))
         if result is not None:
             say(f"{workdir} holds a finished search; another --workdir starts a new one.")
         else:
@@ -212,7 +210,7 @@ def tune(
                 result["tuned"] = {name: _ranked(name, values, trained) for name, values in drawn.items()}
                 on_main(lambda: _write(workdir, result, tried))
         say(as_markdown(result))
-        say(f"files     {workdir}/ {RESULT}, tune.md, best/, metrics.jsonl, checkpoints/, teacher/")
+        say(f"files     {workdir}/ {SEARCH}, tune.md, best/, metrics.jsonl, checkpoints/, teacher/")
         say(f"next      gompertz-jax report {workdir}")
         return result
 
@@ -236,12 +234,12 @@ def _write(workdir: Path, result: dict[str, Any], tried: Mapping[str, Config]) -
     (workdir / "best").mkdir(exist_ok=True)
     for name, ranked in result["tuned"].items():
         if ranked[0]["validation_accuracy"] is None:
-            say(f"no trial of the arm {name!r} stayed finite, so it has no best; see {RESULT} for what was drawn")
+            say(f"no trial of the arm {name!r} stayed finite, so it has no best; see {SEARCH} for what was drawn")
             continue
         source = config_source(name, ranked, tried[f"{name}-{ranked[0]['trial']}"])
         replace_text(workdir / "best" / f"{name}.py", source)
     replace_text(workdir / "tune.md", as_markdown(result))
-    write_json(workdir / RESULT, result)
+    write_json(workdir / SEARCH, result)
 
 
 def config_source(name: str, ranked: list[dict[str, Any]], config: Config) -> str:

@@ -123,7 +123,7 @@ def typed(room, monkeypatch):
         monkeypatch.setattr(module, "of_config", stand_in)
         monkeypatch.setattr(module, "network_from", reached)  # what comes after the pre-flight
     for module in (loop, compare):
-        monkeypatch.setattr(module, "finished", lambda *_: None)
+        monkeypatch.setattr(module, "finished_result", lambda *_: None)
     return lambda command: type_command(command, room, monkeypatch)
 
 

@@ -32,6 +32,7 @@ from .reader import Clock, MetricsReader, StudentMetrics
 from .sharding import on_main, replicate, say
 from .stop import Stop
 from .teacher import fingerprint
+from .workdir import CHECKPOINTS
 from .writer import METRICS, MetricsWriter, ProgressBar, lines_until, read_metrics
 
 MOST_STEPS = 10_000_000  # the schedules' values at every step are looked at beforehand
@@ -158,7 +159,7 @@ def drive(
     teacher, agrees = replicate(teacher, mesh), partial(_lines_are_there, workdir)
 
     with (
-        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, agrees=agrees) as checkpoints,
+        Checkpoints(workdir / CHECKPOINTS, keep=config.checkpoint.keep, agrees=agrees) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
         # Taken apart: whoever held the whole of it would hold the best weights of the start until the end.

@@ -25,7 +25,7 @@ from .data import Dataset, of_config
 from .drive import Plan
 from .errors import RunError
 from .feed import Images, device_room, in_parts
-from .files import read_json, set_aside, write_json
+from .files import write_json
 from .fit import Fitted, fit
 from .objectives import build_objective
 from .optim import learning_rate
@@ -43,18 +43,18 @@ from .teacher import (
     save_network,
 )
 from .workdir import (
+    RESULT,
+    TEACHER_RESULT,
     begun_with,
     check_data,
-    check_workdir,
     claim_workdir,
     evaluation_changes,
+    finished_result,
     frozen,
     provenance,
     sole_use,
 )
-from .writer import read_metrics
-
-RESULT, TEACHER_RESULT = "result.json", "teacher.json"
+from .writer import METRICS, read_metrics
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
     if config.init_from:
         on_main(lambda: check_beginning(config))
     content = frozen(config)
-    already = on_main(lambda: finished(workdir, RESULT, content))
+    already = on_main(lambda: finished_result(workdir, RESULT, content))
     if already is not None:
         say(f"{workdir} holds a finished run; another --workdir starts a new one.")
         say(report.result_card(already, workdir))
@@ -254,28 +254,9 @@ def begun_from(directory: Path, student: Network) -> Network:
     return student.replace(params=trained.params, stats=trained.stats)
 
 
-def finished(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result `name` of a workdir, if it is there and the workdir can be this config's.
-
-    A damaged one is moved aside and made again from the last checkpoint.
-
-    Raises:
-      RunError: as `check_workdir`.
-    """
-    check_workdir(workdir, content)
-    path = workdir / name
-    if not path.exists():
-        return None
-    try:
-        return read_json(path)
-    except RunError:
-        say(f"{path} is damaged and kept as {set_aside(path)}; it is made again from the last checkpoint")
-        return None
-
-
 def conclude(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Draw the curves and write the result, in this order: with the result, a run is finished."""
-    report.save(report.curves(read_metrics(workdir / "metrics.jsonl")), workdir / "curves.png")
+    report.save(report.curves(read_metrics(workdir / METRICS)), workdir / "curves.png")
     write_json(workdir / RESULT, result)
     return result
 
@@ -391,7 +372,7 @@ def trained_teacher(
         "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy", "cache")},
         **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
     }
-    card = on_main(lambda: finished(workdir, TEACHER_RESULT, content))
+    card = on_main(lambda: finished_result(workdir, TEACHER_RESULT, content))
     reason = None if card is None else on_main(lambda: network_fault(workdir))
     if reason is not None:
         say(f"the teacher in {workdir} is damaged ({reason}); it is made again from its last checkpoint")

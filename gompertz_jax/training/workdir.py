@@ -16,10 +16,14 @@ import jax
 
 from .config import OPEN, Config, differing_keys, get_default
 from .errors import RunError
-from .files import read_json, write_json, writing
+from .files import read_json, set_aside, write_json, writing
 from .sharding import on_main, say
+from .writer import METRICS
 
 CONFIG, DATA, CHANGES, LOCK = "config.json", "data.json", "evaluation_changes.json", "lock"
+CHECKPOINTS = "checkpoints"
+# The result of a run, of a teacher's training, of a comparison and of a search, the last file of each to be written.
+RESULT, TEACHER_RESULT, COMPARISON, SEARCH = "result.json", "teacher.json", "results.json", "tune.json"
 
 
 def frozen(config: Config) -> dict[str, Any]:
@@ -66,8 +70,27 @@ def check_workdir(workdir: Path, content: Mapping[str, Any]) -> None:
                 f"the workdir {workdir} belongs to a run with another config; choose another --workdir. "
                 f"Changed: {'; '.join(changes)}{'; seeds cannot be added to a comparison' if seeds else ''}"
             )
-    elif leftovers := [name for name in ("checkpoints", "network", "metrics.jsonl") if (workdir / name).exists()]:
+    elif leftovers := [name for name in (CHECKPOINTS, "network", METRICS) if (workdir / name).exists()]:
         raise RunError(f"the workdir {workdir} holds {leftovers[0]} but no {CONFIG}; choose another --workdir")
+
+
+def finished_result(workdir: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result `name` of a workdir, if it is there and the workdir can be this config's.
+
+    A damaged one is moved aside and made again from the last checkpoint.
+
+    Raises:
+      RunError: as `check_workdir`.
+    """
+    check_workdir(workdir, content)
+    path = workdir / name
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except RunError:
+        say(f"{path} is damaged and kept as {set_aside(path)}; it is made again from the last checkpoint")
+        return None
 
 
 def begun_with(workdir: Path, key: str) -> Any:
