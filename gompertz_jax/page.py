@@ -91,10 +91,8 @@ def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
 
 
 def _search(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    from .tune import best_trials  # imports everything that trains, which other pages do without
-
     yield f"<p>{result['trials']} {html.escape(result['search'])} trials of every arm, by validation accuracy.</p>"
-    yield _table(best_trials(result))
+    yield _table(report.best_trials(result))
     yield from _progress(lines)
     yield from _provenance(result, result["config"])
 

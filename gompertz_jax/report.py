@@ -219,6 +219,18 @@ def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[st
     return rows
 
 
+def best_trials(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table of a search: every arm's three best trials, from its tune.json."""
+    rows: list[tuple[str, ...]] = [("arm", "trial", "validation, %", "parameters")]
+    for name, ranked in result["tuned"].items():
+        for trial in ranked[:3]:
+            accuracy = trial["validation_accuracy"]
+            percent = "not finite" if accuracy is None else _percent(accuracy)
+            values = ", ".join(f"{key} {value:g}" for key, value in trial["values"].items())
+            rows.append((name, str(trial["trial"]), percent, values))
+    return rows
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table for a terminal."""
     widths = _widths(rows)

@@ -289,16 +289,4 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "the test images were not read. The winners are in `best/`; compare them on other seeds.",
         "",
     ]
-    return "\n".join([*lines, *report.markdown_table(best_trials(result))]) + "\n"
-
-
-def best_trials(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table of every arm's three best."""
-    rows: list[tuple[str, ...]] = [("arm", "trial", "validation, %", "parameters")]
-    for name, ranked in result["tuned"].items():
-        for trial in ranked[:3]:
-            accuracy = trial["validation_accuracy"]
-            told = "not finite" if accuracy is None else f"{100 * accuracy:.2f}"
-            values = ", ".join(f"{key} {value:g}" for key, value in trial["values"].items())
-            rows.append((name, str(trial["trial"]), told, values))
-    return rows
+    return "\n".join([*lines, *report.markdown_table(report.best_trials(result))]) + "\n"
