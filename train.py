@@ -7,7 +7,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gompertz_jax.training.errors import RunError, config_error, config_fault
+from gompertz_jax.training.config_file import config_error, config_fault
+from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
 from gompertz_jax.training.stop import Stopped, leave

@@ -235,7 +235,7 @@ def _config(file: str, overrides: Sequence[str], flag: str = "--config") -> Any:
     from absl import flags, logging
     from ml_collections import config_flags
 
-    from .training.errors import config_error, config_fault
+    from .training.config_file import config_error, config_fault
 
     logging.set_verbosity(logging.FATAL)  # of a get_config that returns nothing it warns in its own words
     values, arguments = flags.FlagValues(), ["gompertz-jax", f"--config={file}", *overrides]
