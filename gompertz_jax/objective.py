@@ -20,7 +20,7 @@ from . import terms
 from ._checks import check_real, checked, finite_number, fraction_from_zero, positive_count, positive_number, shown
 from .projections import AnyProjection, Projection
 from .record import Record, Taught
-from .schedules import ByProgress, Schedule, constant_schedule, gompertz_schedule, product, value_at
+from .schedules import AnySchedule, ByProgress, constant_schedule, gompertz_schedule, product, value_at
 
 
 class Term(NamedTuple):
@@ -42,9 +42,9 @@ class Term(NamedTuple):
     """
 
     name: str
-    weight: Schedule | ByProgress
+    weight: AnySchedule
     loss: Callable[..., Any]
-    schedules: Mapping[str, Schedule | ByProgress] = {}
+    schedules: Mapping[str, AnySchedule] = {}
     distils: bool = True
     every_k_steps: int = 1
     gradient_stages: tuple[int, int] | tuple[()] = ()
@@ -119,7 +119,7 @@ class Objective(NamedTuple):
     """Named terms, the projections that they read, by name, and how progress is measured, if a weight reads it."""
 
     terms: tuple[Term, ...]
-    projections: Mapping[str, Any] = {}
+    projections: Mapping[str, AnyProjection] = {}
     progress: Progress | None = None
 
 
@@ -166,7 +166,7 @@ def check_objective(objective: Objective) -> None:
 def gompertz_objective(
     total_steps: int,
     *,
-    curve: Schedule | ByProgress | None = None,
+    curve: AnySchedule | None = None,
     soft_target_weight: float = 1.0,
     temperature: float = 4.0,
     wasserstein_weight: float = 4.0,
@@ -207,7 +207,7 @@ def gompertz_objective(
     label_smoothing = float(fraction_from_zero("label_smoothing", label_smoothing))
     curve = gompertz_schedule(total_steps) if curve is None else curve
 
-    def under_curve(coefficient: float) -> Schedule | ByProgress:
+    def under_curve(coefficient: float) -> AnySchedule:
         return product(constant_schedule(coefficient), curve)
 
     listed = [
@@ -274,7 +274,7 @@ def evaluate(
     return Evaluation(jnp.stack(raws), jnp.stack(weights), jax.lax.stop_gradient(metrics))
 
 
-def _one_number(term: str, name: str, schedule: Schedule | ByProgress, *, step: Any, progress: Any) -> Any:
+def _one_number(term: str, name: str, schedule: AnySchedule, *, step: Any, progress: Any) -> Any:
     value = value_at(schedule, step, progress)
     if np.ndim(value) != 0:
         raise ValueError(

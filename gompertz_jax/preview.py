@@ -2,14 +2,14 @@
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from . import report
-from .schedules import ByProgress
+from .schedules import AnySchedule, ByProgress, Schedule
 from .training.check_config import PREVIEWED, check_config
 from .training.config import Config
 from .training.data import IMAGES
@@ -99,7 +99,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
     steps = known or PREVIEWED
     rate = rate_by_step(config.recipe, steps)
     rates = np.asarray(rate(np.arange(steps)))
-    schedules: dict[str, Any] = {
+    schedules: dict[str, AnySchedule] = {
         "curve": parse_schedule(config.objective.curve, steps, rate=rate, where="objective.curve")
     }
     terms = build_objective(config, steps).terms
@@ -139,7 +139,7 @@ def _steps(config: Config) -> int | None:
     return recipe.epochs * (images // recipe.batch_size) or None
 
 
-def _asymptote(text: str, steps: int, rate: Any) -> float:
+def _asymptote(text: str, steps: int, rate: Schedule) -> float:
     """What a curve would reach if training continued: its largest value with the curves in it at their asymptotes."""
     tree = ast.parse(str(text), mode="eval")
 
@@ -159,7 +159,7 @@ def _asymptote(text: str, steps: int, rate: Any) -> float:
     return float(sampled(endless, steps).max())
 
 
-def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Any) -> Any:
+def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Schedule) -> Iterator[str]:
     """Features of a curve that are mistakes more often than not."""
     if reading.direction == "constant":
         return

@@ -382,6 +382,10 @@ class ByProgress:
             raise TypeError(f"value must be a function (progress, step) -> coefficient, got {shown(self.value)}")
 
 
+AnySchedule: TypeAlias = Schedule | ByProgress
+"""A weight, or another quantity that changes over training: by the clock or by the student's progress."""
+
+
 @checked
 def by_progress(curve: Schedule) -> ByProgress:
     """The weight that `curve` has at the student's progress: a curve over one "step" is a curve over progress.
@@ -413,7 +417,7 @@ def by_progress(curve: Schedule) -> ByProgress:
 
 
 @checked
-def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -> Any:
+def value_at(schedule: AnySchedule, step: Any, progress: Any = None) -> Any:
     """The coefficient at a step, and at the student's progress if the schedule reads it.
 
     Raises:
@@ -432,20 +436,18 @@ def value_at(schedule: Schedule | ByProgress, step: Any, progress: Any = None) -
     return value
 
 
-def product(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
+def product(first: AnySchedule, second: AnySchedule) -> AnySchedule:
     """The product of two schedules, which reads the progress if either does."""
     return _combined(operator.mul, first, second)
 
 
-def total(first: Schedule | ByProgress, second: Schedule | ByProgress) -> Schedule | ByProgress:
+def total(first: AnySchedule, second: AnySchedule) -> AnySchedule:
     """The sum of two schedules, which reads the progress if either does."""
     return _combined(operator.add, first, second)
 
 
 @checked
-def _combined(
-    operation: Callable[[Any, Any], Any], first: Schedule | ByProgress, second: Schedule | ByProgress
-) -> Schedule | ByProgress:
+def _combined(operation: Callable[[Any, Any], Any], first: AnySchedule, second: AnySchedule) -> AnySchedule:
     def both(progress: Scalar | None, step: Scalar) -> Any:
         return operation(value_at(first, step, progress), value_at(second, step, progress))
 

@@ -21,7 +21,7 @@ from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, copied, each_device
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import Taught
-from .schedules import Schedule, constant_schedule, value_at
+from .schedules import AnySchedule, Schedule, constant_schedule, value_at
 from .state import TrainState, check_optimizer, progress_of
 from .step import Batch, Metrics, check_batch, check_seed, make_learn, step_key, teach
 
@@ -66,7 +66,7 @@ class Group(NamedTuple):
         return first._replace(terms=tuple(terms))
 
 
-def term_schedules(term: Term) -> list[tuple[str, Any]]:
+def term_schedules(term: Term) -> list[tuple[str, AnySchedule]]:
     """All schedules of a term, each with the name of its argument, "" for the weight."""
     return [("", term.weight), *term.schedules.items()]
 

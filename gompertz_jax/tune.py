@@ -8,7 +8,7 @@ many trials is partly the luckiest.
 import ast
 import os
 import pprint
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -271,7 +271,7 @@ def get_config():
 '''
 
 
-def _differences(content: Mapping[str, Any], usual: Mapping[str, Any], prefix: str = "") -> Any:
+def _differences(content: Mapping[str, Any], usual: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         place = f"{prefix}{key}"
         if place in ("objective.terms", "objective.projections"):

@@ -12,7 +12,7 @@ import numpy as np
 from .. import projections as kinds
 from .. import schedules, terms
 from ..objective import Objective, Progress, Term, agreement, relative_accuracy
-from ..schedules import ByProgress, Schedule
+from ..schedules import AnySchedule, ByProgress, Schedule
 from .config import Config
 from .errors import RunError
 from .optim import rate_by_step
@@ -98,10 +98,10 @@ def parse_schedule(
     text: str | int | float,
     total_steps: int,
     *,
-    curve: Schedule | ByProgress | None = None,
+    curve: AnySchedule | None = None,
     rate: Schedule | None = None,
     where: str = "schedule",
-) -> Schedule | ByProgress:
+) -> AnySchedule:
     """A schedule from its text in a config.
 
     Args:
@@ -139,7 +139,7 @@ def parse_schedule(
             raise fail(f"{name} needs a schedule by the clock: what a run's progress will be is not known beforehand")
         return inner
 
-    def build(node: ast.expr, length: int) -> Schedule | ByProgress:
+    def build(node: ast.expr, length: int) -> AnySchedule:
         match node:
             case ast.Constant(value=int() | float() as value):
                 return schedules.constant_schedule(value)
@@ -189,7 +189,7 @@ def parse_schedule(
         raise fail(str(error)) from None
 
 
-def sampled(schedule: Schedule | ByProgress, total_steps: int) -> np.ndarray:
+def sampled(schedule: AnySchedule, total_steps: int) -> np.ndarray:
     """A schedule's value at every step of a run, on the host; progress is assumed to follow the clock."""
     steps = np.arange(total_steps)
     values = schedules.value_at(schedule, steps, np.linspace(0.0, 1.0, total_steps, dtype=np.float32))
@@ -280,7 +280,7 @@ def _term(
     spec: Mapping[str, Any],
     config: Config,
     total_steps: int,
-    parse: Callable[..., Schedule | ByProgress],
+    parse: Callable[..., AnySchedule],
     where: str,
 ) -> Term | None:
     """One term; None if its weight is 0 throughout."""
