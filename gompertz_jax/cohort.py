@@ -18,7 +18,7 @@ from . import report
 from .arms import about
 from .network import Network
 from .objective import Objective
-from .preview import read
+from .preview import schedule_summary
 from .projections import measure_teacher
 from .schedules import ByProgress
 from .state import HEALTHY, TrainState, init_state
@@ -51,7 +51,7 @@ from .training.loop import (
     student_seed,
     teacher_shapes,
 )
-from .training.objectives import build_objective, corners, sampled
+from .training.objectives import build_objective, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
 from .training.reader import StudentMetrics
 from .training.sharding import check_batch_size, data_mesh, on_main, say, together
@@ -412,13 +412,14 @@ def schedule_rows(objective: Objective, config: Config, steps: int) -> dict[str,
     rows = {}
     for term in objective.terms:
         values = sampled(term.weight, steps).astype(np.float64)
-        reading, (start, _, middle, _, end) = read(values, rates), corners(values)
+        summary = schedule_summary(values, rates)
+        start, _, middle, _, end = summary.at_quarters
         rows[term.name] = {
             "start": start,
             "middle": middle,
             "end": end,
-            "area": reading.area,
-            "weighted_area": reading.weighted_area,
+            "area": summary.area,
+            "weighted_area": summary.weighted_area,
             "by_progress": isinstance(term.weight, ByProgress),
             "curve": [float(value) for value in values[np.linspace(0, steps - 1, min(steps, 101)).astype(int)]],
         }

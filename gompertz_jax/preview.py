@@ -13,7 +13,7 @@ from .schedules import AnySchedule, ByProgress, Schedule
 from .training.check_config import PREVIEWED, check_config
 from .training.config import Config
 from .training.data import IMAGES
-from .training.objectives import PARTS, build_objective, corners, doubts_of_weight, parse_schedule, sampled
+from .training.objectives import QUARTERS, at_quarters, build_objective, parse_schedule, sampled, weight_warnings
 from .training.optim import rate_by_step
 
 SATURATED, EARLY, HALF = 0.95, 0.05, 0.5
@@ -25,11 +25,11 @@ OVER = {
 }
 
 
-class Reading(NamedTuple):
+class ScheduleSummary(NamedTuple):
     """A schedule in numbers.
 
     Attributes:
-      corners: values at 0, 25, 50, 75 and 100 % of training.
+      at_quarters: values at 0, 25, 50, 75 and 100 % of training.
       area: the mean over all steps, which a control should share.
       weighted_area: the mean weighted by the learning rate: what is done late, at small rates, counts less.
       direction: "constant", "rises", "falls" or "turns".
@@ -37,14 +37,14 @@ class Reading(NamedTuple):
         changes equally fast over a stretch, or fastest at an end.
     """
 
-    corners: tuple[float, ...]
+    at_quarters: tuple[float, ...]
     area: float
     weighted_area: float
     direction: str
     steepest: float | None
 
 
-def read(values: np.ndarray, rates: np.ndarray) -> Reading:
+def schedule_summary(values: np.ndarray, rates: np.ndarray) -> ScheduleSummary:
     """What a schedule does, from its value and the learning rate at every step."""
     # Between two of a hundred thousand steps a schedule changes by little more than its rounding.
     stride = max(1, len(values) // PREVIEWED)
@@ -56,8 +56,8 @@ def read(values: np.ndarray, rates: np.ndarray) -> Reading:
     fastest = np.flatnonzero(speed >= speed.max() - noise) if direction != "constant" else np.array([0])
     last = len(change) - 1
     inner = direction != "constant" and fastest[0] > 0 and fastest[-1] < last and np.ptp(fastest) < 0.05 * last
-    return Reading(
-        corners=corners(values),
+    return ScheduleSummary(
+        at_quarters=at_quarters(values),
         area=float(values.mean()),
         weighted_area=float((values * rates).sum() / rates.sum()) if rates.any() else float(values.mean()),
         direction=direction,
@@ -73,7 +73,7 @@ class Preview(NamedTuple):
     """
 
     values: Mapping[str, np.ndarray]
-    readings: Mapping[str, Reading]
+    summaries: Mapping[str, ScheduleSummary]
     by_progress: frozenset[str]
     warnings: Sequence[str]
     epochs: int
@@ -88,7 +88,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
       control: another config, whose terms of the same names should have the same area.
 
     Returns:
-      The values and their readings, with warnings: a curve that is saturated before 5 % of training or never passes
+      The values and their summaries, with warnings: a curve that is saturated before 5 % of training or never passes
       half of its asymptote, a rate that looks like one per epoch, a negative weight, an area that is not the control's.
 
     Raises:
@@ -107,12 +107,14 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
         schedules[term.name] = term.weight
         schedules |= {f"{term.name}.{key}": schedule for key, schedule in term.schedules.items()}
     values = {name: sampled(schedule, steps) for name, schedule in schedules.items()}
-    readings = {name: read(value, rates) for name, value in values.items()}
-    warnings = list(_doubts(config.objective.curve, values["curve"], readings["curve"], config.recipe.epochs, rate))
-    warnings += [text for term in terms for text in doubts_of_weight(term.name, values[term.name])]
+    summaries = {name: schedule_summary(value, rates) for name, value in values.items()}
+    warnings = list(
+        _curve_warnings(config.objective.curve, values["curve"], summaries["curve"], config.recipe.epochs, rate)
+    )
+    warnings += [text for term in terms for text in weight_warnings(term.name, values[term.name])]
     if control is not None:
-        for name, theirs in preview(control).readings.items():
-            ours = readings.get(name)
+        for name, theirs in preview(control).summaries.items():
+            ours = summaries.get(name)
             if ours is None:
                 warnings.append(f"{name}: only the control has it")
                 continue
@@ -122,7 +124,7 @@ def preview(config: Config, *, control: Config | None = None) -> Preview:
                     warnings.append(f"{name}: {area.replace('_', ' ')} {a:.4g}, the control's is {b:.4g}")
     return Preview(
         values,
-        readings,
+        summaries,
         frozenset(name for name, schedule in schedules.items() if isinstance(schedule, ByProgress)),
         warnings,
         config.recipe.epochs,
@@ -159,13 +161,15 @@ def _asymptote(text: str, steps: int, rate: Schedule) -> float:
     return float(sampled(endless, steps).max())
 
 
-def _doubts(text: str, values: np.ndarray, reading: Reading, epochs: int, rate: Schedule) -> Iterator[str]:
+def _curve_warnings(
+    text: str, values: np.ndarray, summary: ScheduleSummary, epochs: int, rate: Schedule
+) -> Iterator[str]:
     """Features of a curve that are mistakes more often than not."""
-    if reading.direction == "constant":
+    if summary.direction == "constant":
         return
     top = values.max()
     early = round(EARLY * (len(values) - 1))
-    if reading.direction == "rises" and values[early] > SATURATED * top:
+    if summary.direction == "rises" and values[early] > SATURATED * top:
         yield f"curve: {values[early] / top:.0%} of its largest value is reached before {EARLY:.0%} of training"
     asymptote = _asymptote(text, len(values), rate)
     if top < HALF * asymptote:
@@ -195,11 +199,13 @@ def as_text(shown: Preview) -> str:
         largest = {f"{shown.values[name].max():.3g}" for name in names}
         progress = " (by progress, drawn as if that went with the clock)" if names[0] in shown.by_progress else ""
         lines += [", ".join(names) + progress, *_picture(values, of_largest=len(largest) > 1), ""]
-    rows: list[tuple[str, ...]] = [("", *(f"{part:.0%}" for part in PARTS), "mean", "by rate", "direction", "steepest")]
-    for name, reading in shown.readings.items():
-        numbers = [f"{value:.3g}" for value in (*reading.corners, reading.area, reading.weighted_area)]
-        steepest = "" if reading.steepest is None else _place(reading.steepest, shown, name in shown.by_progress)
-        rows.append((name, *numbers, reading.direction, steepest))
+    rows: list[tuple[str, ...]] = [
+        ("", *(f"{quarter:.0%}" for quarter in QUARTERS), "mean", "by rate", "direction", "steepest")
+    ]
+    for name, summary in shown.summaries.items():
+        numbers = [f"{value:.3g}" for value in (*summary.at_quarters, summary.area, summary.weighted_area)]
+        steepest = "" if summary.steepest is None else _place(summary.steepest, shown, name in shown.by_progress)
+        rows.append((name, *numbers, summary.direction, steepest))
     lines += report.text_table(rows)
     sample = f"{PREVIEWED:,} points" if shown.steps is None else f"{shown.steps:,} steps"
     lines += ["", f"mean: over {sample} of {shown.epochs} epochs; by rate: weighted by the learning rate"]
@@ -217,7 +223,7 @@ def _shapes(shown: Preview) -> list[tuple[list[str], np.ndarray]]:
     """What is worth a picture: the names of schedules of one shape, and the values of the first of them."""
     found: list[tuple[list[str], np.ndarray]] = []
     for name, values in shown.values.items():
-        if shown.readings[name].direction == "constant":
+        if shown.summaries[name].direction == "constant":
             continue
         scaled = values / np.abs(values).max()
         for names, other in found:

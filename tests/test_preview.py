@@ -8,7 +8,7 @@ from scipy.special import exp1
 from gompertz_jax import cli
 from gompertz_jax import preview as room
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.objectives import PARTS
+from gompertz_jax.training.objectives import QUARTERS
 
 
 def config(curve="gompertz(displacement=5, rate=8)", **changes):
@@ -17,9 +17,9 @@ def config(curve="gompertz(displacement=5, rate=8)", **changes):
 
 def test_the_default_curve_is_read_in_closed_form():
     shown = room.preview(config())
-    reading = shown.readings["curve"]
-    tau = np.array(PARTS)
-    np.testing.assert_allclose(reading.corners, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
+    reading = shown.summaries["curve"]
+    tau = np.array(QUARTERS)
+    np.testing.assert_allclose(reading.at_quarters, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
     np.testing.assert_allclose(reading.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
     np.testing.assert_allclose(reading.steepest, np.log(5) / 8, atol=2e-3)
     fine = (np.arange(100_000) + 0.5) / 100_000
@@ -28,8 +28,8 @@ def test_the_default_curve_is_read_in_closed_form():
         reading.weighted_area, (np.exp(-5 * np.exp(-8 * fine)) * rate).sum() / rate.sum(), atol=1e-3
     )
     assert reading.direction == "rises"
-    assert shown.readings["ce"].direction == "constant" and shown.readings["ce"].steepest is None
-    assert shown.readings["kd"] == reading
+    assert shown.summaries["ce"].direction == "constant" and shown.summaries["ce"].steepest is None
+    assert shown.summaries["kd"] == reading
     assert set(shown.values) == {
         "curve",
         "ce",
@@ -49,7 +49,7 @@ def test_the_numbers_are_those_of_the_run_s_own_steps():
     steps = 2 * ((1438 - short.data.validation) // 64)
     assert shown.steps == steps and all(len(values) == steps for values in shown.values.values())
     mean = np.exp(-5 * np.exp(-8 * np.arange(steps) / steps)).mean()
-    np.testing.assert_allclose(shown.readings["curve"].area, mean, rtol=1e-5)
+    np.testing.assert_allclose(shown.summaries["curve"].area, mean, rtol=1e-5)
     assert abs(mean - (exp1(5 * np.exp(-8)) - exp1(5)) / 8) > 0.01
     assert f"mean: over {steps} steps of 2 epochs" in room.as_text(shown)
     assert "mean: over 1,000 points" in room.as_text(shown._replace(steps=None))
@@ -78,7 +78,7 @@ def test_a_picture_of_several_schedules_is_in_percent_and_a_negative_weight_is_t
     ],
 )
 def test_direction_and_steepest_point(curve, direction, steepest):
-    reading = room.preview(config(curve)).readings["curve"]
+    reading = room.preview(config(curve)).summaries["curve"]
     assert reading.direction == direction
     if direction != "turns":
         assert reading.steepest == (None if steepest is None else pytest.approx(steepest, abs=3e-3))

@@ -196,19 +196,19 @@ def sampled(schedule: AnySchedule, total_steps: int) -> np.ndarray:
     return np.broadcast_to(np.asarray(values), (total_steps,))
 
 
-def doubts_of_weight(term: str, values: np.ndarray) -> Iterator[str]:
+def weight_warnings(term: str, values: np.ndarray) -> Iterator[str]:
     """What of a term's weights at every step is a mistake more often than not."""
     if (values < 0).any():
         step = int(np.argmax(values < 0))
         yield f"{term}: the weight is {values[step]:.3g} at step {step:,}; below 0 the term is made larger, not smaller"
 
 
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a schedule is shown
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a schedule is shown
 
 
-def corners(values: np.ndarray) -> tuple[float, ...]:
-    """The values of a sampled schedule at `PARTS` of it."""
-    return tuple(float(values[round(part * (len(values) - 1))]) for part in PARTS)
+def at_quarters(values: np.ndarray) -> tuple[float, ...]:
+    """The values of a sampled schedule at `QUARTERS` of training."""
+    return tuple(float(values[round(quarter * (len(values) - 1))]) for quarter in QUARTERS)
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------

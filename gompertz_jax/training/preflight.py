@@ -18,7 +18,7 @@ from ..report import text_table
 from ..schedules import ByProgress, Schedule
 from .data import Dataset
 from .errors import RunError
-from .objectives import PARTS, corners, doubts_of_weight, sampled
+from .objectives import QUARTERS, at_quarters, sampled, weight_warnings
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -281,7 +281,7 @@ def describe(
     weights = [sampled(term.weight, steps) for term in objective.terms]
     rows += [("terms", line) for line in text_table(_weights(objective.terms, weights))]
     for term, values in zip(objective.terms, weights, strict=True):
-        rows += [("warning", text) for text in doubts_of_weight(term.name, values)]
+        rows += [("warning", text) for text in weight_warnings(term.name, values)]
     per_epoch = max(1, len(dataset.train.labels) // batch_size)
     each = batch_size // (sharing or devices)
     share = f" ({each} a device)" if devices > 1 else ""
@@ -290,8 +290,8 @@ def describe(
         f"{steps / per_epoch:.3g} epochs of {per_epoch:,} whole batches"
     )
     rows.append(("steps", taken))
-    rates = zip(corners(sampled(rate, steps)), PARTS, strict=True)
-    rows.append(("rate", ", ".join(f"{value:.3g} at {part:.0%}".replace("%", " %") for value, part in rates)))
+    rates = zip(at_quarters(sampled(rate, steps)), QUARTERS, strict=True)
+    rows.append(("rate", ", ".join(f"{value:.3g} at {quarter:.0%}".replace("%", " %") for value, quarter in rates)))
     memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
@@ -305,7 +305,7 @@ def _weights(terms: Sequence[Term], weights: Sequence[np.ndarray]) -> list[tuple
     """Each term's weight over training, given at every step, as rows of a table."""
     rows: list[tuple[str, ...]] = [("weight at", "0 %", "25 %", "50 %", "75 %", "100 %", "mean")]
     for term, values in zip(terms, weights, strict=True):
-        shown = [f"{value:.3g}" for value in corners(values)]
+        shown = [f"{value:.3g}" for value in at_quarters(values)]
         if isinstance(term.weight, ByProgress):  # no step is known to it, so its mean is not either
             rows.append((f"{term.name} (of progress)", *shown, ""))
         else:
