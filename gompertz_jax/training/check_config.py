@@ -1,8 +1,10 @@
 """What a config is refused for before anything is loaded or computed."""
 
+import functools
 import math
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,19 @@ from .objectives import build_objective
 PREVIEWED = 1000
 
 
-def check_recipe(recipe: Config, where: str) -> None:
-    """Refuse a recipe with a value out of range, or with a schedule that reaches beyond its epochs."""
+def _requirement(group: Config, prefix: str = "") -> Callable[[bool, str, str], None]:
+    """`require(condition, key, rule)`, which refuses the value of a dotted key of a group where it breaks a rule."""
 
     def require(condition: bool, key: str, rule: str) -> None:
         if not condition:
-            raise RunError(f"{where}.{key} = {recipe[key]!r}: {rule}")
+            raise RunError(f"{prefix}{key} = {functools.reduce(operator.getitem, key.split('.'), group)!r}: {rule}")
 
+    return require
+
+
+def check_recipe(recipe: Config, where: str) -> None:
+    """Refuse a recipe with a value out of range, or with a schedule that reaches beyond its epochs."""
+    require = _requirement(recipe, f"{where}.")
     require(recipe.epochs >= 1, "epochs", "must be at least 1")
     require(recipe.batch_size >= 1, "batch_size", "must be at least 1")
     require(0 < recipe.learning_rate < math.inf, "learning_rate", "must be above 0")
@@ -109,51 +117,34 @@ def check_config(config: Config) -> None:
         ("compilation_cache", config.compilation_cache),
     ):
         check_place(key, place)
-    if config.data.train_images < 0:
-        raise RunError(f"data.train_images = {config.data.train_images}: must not be negative; 0 takes all")
-    if not 0 <= config.data.image_size <= LARGEST_SIDE:
-        rule = f"must lie in [0, {LARGEST_SIDE}]; 0 leaves images as they are"
-        raise RunError(f"data.image_size = {config.data.image_size}: {rule}")
-    for key, seed in (("seed", config.seed), ("teacher.seed", config.teacher.seed)):
-        if not 0 <= seed < 2**31:
-            raise RunError(f"{key} = {seed}: must lie in [0, 2^31)")
-    if not -1 <= config.order_seed < 2**31:
-        raise RunError(f"order_seed = {config.order_seed}: must lie in [0, 2^31), or be -1 for `seed`")
+    require = _requirement(config)
+    data, checkpoint, logging, teacher = config.data, config.checkpoint, config.logging, config.teacher
+    require(data.train_images >= 0, "data.train_images", "must not be negative; 0 takes all")
+    sides = f"must lie in [0, {LARGEST_SIDE}]; 0 leaves images as they are"
+    require(0 <= data.image_size <= LARGEST_SIDE, "data.image_size", sides)
+    require(0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31)")
+    require(0 <= teacher.seed < 2**31, "teacher.seed", "must lie in [0, 2^31)")
+    require(-1 <= config.order_seed < 2**31, "order_seed", "must lie in [0, 2^31), or be -1 for `seed`")
     check_recipe(config.recipe, "recipe")
     build_objective(config, PREVIEWED)  # for its checks
-    if not config.teacher.dir:
-        check_recipe(config.teacher.recipe, "teacher.recipe")
+    if not teacher.dir:
+        check_recipe(teacher.recipe, "teacher.recipe")
     for role in ("student", "teacher"):
-        network = config[role]
-        if network.model not in names() and not (role == "teacher" and config.teacher.dir):
-            raise RunError(f"{role}.model = {network.model!r} is unknown; there are {', '.join(names())}")
-        if network.dtype not in ("float32", "bfloat16"):
-            raise RunError(f"{role}.dtype = {network.dtype!r}: must be float32 or bfloat16")
-    for key, least in (
-        ("steps_per_dispatch", 1),
-        ("evaluate_every_epochs", 1),
-        ("teacher_statistics_images", 1),
-    ):
-        if config[key] < least:
-            raise RunError(f"{key} = {config[key]}: must be at least {least}")
-    if config.logging.every_steps < 1:
-        raise RunError(f"logging.every_steps = {config.logging.every_steps}: must be at least 1")
-    if (every := config.logging.term_gradients_every) < 0:
-        raise RunError(f"logging.term_gradients_every = {every}: must not be negative; 0 means never")
-    if config.checkpoint.keep < 1:
-        raise RunError(f"checkpoint.keep = {config.checkpoint.keep}: must be at least 1")
-    if config.teacher.cache.views < 0:
-        raise RunError(f"teacher.cache.views = {config.teacher.cache.views}: must not be negative; 0 stores nothing")
-    if not 0 <= config.teacher.min_accuracy <= 1:
-        raise RunError(f"teacher.min_accuracy = {config.teacher.min_accuracy}: is a fraction, in [0, 1]")
-    if config.data.placement not in ("auto", "device", "host"):
-        raise RunError(f"data.placement = {config.data.placement!r}: must be auto, device or host")
-    if not 0 <= config.data.device_fraction <= 1:
-        raise RunError(f"data.device_fraction = {config.data.device_fraction}: is a fraction, in [0, 1]")
-    if config.objective.skip_below < 0:
-        raise RunError(f"objective.skip_below = {config.objective.skip_below}: must not be negative; 0 never skips")
-    if config.augment.padding < 0:
-        raise RunError(f"augment.padding = {config.augment.padding}: must not be negative")
+        model = config[role].model
+        if model not in names() and not (role == "teacher" and teacher.dir):
+            raise RunError(f"{role}.model = {model!r} is unknown; there are {', '.join(names())}")
+        require(config[role].dtype in ("float32", "bfloat16"), f"{role}.dtype", "must be float32 or bfloat16")
+    for key in ("steps_per_dispatch", "evaluate_every_epochs", "teacher_statistics_images"):
+        require(config[key] >= 1, key, "must be at least 1")
+    require(logging.every_steps >= 1, "logging.every_steps", "must be at least 1")
+    require(logging.term_gradients_every >= 0, "logging.term_gradients_every", "must not be negative; 0 means never")
+    require(checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")
+    require(teacher.cache.views >= 0, "teacher.cache.views", "must not be negative; 0 stores nothing")
+    require(0 <= teacher.min_accuracy <= 1, "teacher.min_accuracy", "is a fraction, in [0, 1]")
+    require(data.placement in ("auto", "device", "host"), "data.placement", "must be auto, device or host")
+    require(0 <= data.device_fraction <= 1, "data.device_fraction", "is a fraction, in [0, 1]")
+    require(config.objective.skip_below >= 0, "objective.skip_below", "must not be negative; 0 never skips")
+    require(config.augment.padding >= 0, "augment.padding", "must not be negative")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
