@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from . import terms
 from ._checks import check_real, checked, finite_number, fraction_from_zero, positive_count, positive_number, shown
 from .projections import AnyProjection, Projection
-from .record import Record, Taught
+from .record import Record, TeacherRecord
 from .schedules import AnySchedule, ByProgress, constant_schedule, gompertz_schedule, product, value_at
 
 
@@ -36,8 +36,8 @@ class Term(NamedTuple):
       every_k_steps: the term is computed at steps divisible by k, and costs nothing at the others, where it is logged
         as NaN. Its weight is not raised to make up for the skipped steps: use `k * curve` for that.
       gradient_stages: (student stage, teacher stage) at whose maps `loss` reads gradients; empty if it reads none.
-      of_teacher: the expensive part of `loss` that depends only on the teacher, as a function `Taught -> arrays`. Where
-        many students learn from one teacher it is computed once, and `loss` gets it as its keyword `of_teacher`.
+      of_teacher: the expensive part of `loss` that depends only on the teacher, a function `TeacherRecord -> arrays`.
+        Where many students learn from one teacher it is computed once, and `loss` gets it as its keyword `of_teacher`.
       bridge: for the pre-flight, how maps that differ in channels or size are made comparable.
     """
 
@@ -48,7 +48,7 @@ class Term(NamedTuple):
     distils: bool = True
     every_k_steps: int = 1
     gradient_stages: tuple[int, int] | tuple[()] = ()
-    of_teacher: Callable[[Taught], Any] | None = None
+    of_teacher: Callable[[TeacherRecord], Any] | None = None
     bridge: str = ""
 
     def reads_progress(self) -> bool:

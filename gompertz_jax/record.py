@@ -21,7 +21,7 @@ class Leading(NamedTuple):
     pullback: Pullback
 
 
-class Taught(NamedTuple):
+class TeacherRecord(NamedTuple):
     """The teacher's outputs on one batch, in evaluation mode: constants, and the same for all its students.
 
     Attributes:

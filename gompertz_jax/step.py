@@ -22,7 +22,7 @@ from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, check_objective, evaluate
 from .projections import init_projections, project
-from .record import Leading, NotStored, Pullback, Record, StoredOutputs, Taught, no_pullback
+from .record import Leading, NotStored, Pullback, Record, StoredOutputs, TeacherRecord, no_pullback
 from .schedules import Schedule, value_at
 from .state import HEALTHY, TrainState, check_form, check_optimizer, progress_of, state_check
 
@@ -41,7 +41,7 @@ class _Aux(NamedTuple):
     weights: Float[Array, " terms"]
 
 
-def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Array) -> Taught | None:
+def run_teacher(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Array) -> TeacherRecord | None:
     """The teacher's outputs on a batch, as far as these terms read them; None if none of the terms distils."""
     if not any(term.distils for term in terms):
         return None
@@ -52,23 +52,23 @@ def teach(teacher: Network | None, batch: Batch, terms: Sequence[Term], key: Arr
             raise NotStored("gradients")
 
         stored = jax.lax.stop_gradient(StoredOutputs.of(batch[STORED], batch.get(STORED_POOLED)))
-        return Taught(labels, stored, no_pullback, not_stored, term_key)
+        return TeacherRecord(labels, stored, no_pullback, not_stored, term_key)
     if teacher is None:
         lacking = [term.name for term in terms if term.distils]
         raise ValueError(f"the terms {lacking} need a teacher and got None: pass one, or gj.student_alone()")
     taps = [pair[1] for pair in _tapped(terms)]
 
-    def said(images: Array) -> Leading:
+    def forward(images: Array) -> Leading:
         outputs, _, pull_back = _forward(teacher, images, taps, train=False, frozen=True)
         return Leading(jax.lax.stop_gradient(outputs), _constant(pull_back))
 
-    return Taught(labels, *said(batch["image"]), lambda count: said(batch["image"][:count]), term_key)
+    return TeacherRecord(labels, *forward(batch["image"]), lambda count: forward(batch["image"][:count]), term_key)
 
 
 def _raw_terms(
     trainable: PyTree,
     state: TrainState,
-    taught: Taught | None,
+    teacher_record: TeacherRecord | None,
     batch: Batch,
     *,
     student: Network,
@@ -91,33 +91,32 @@ def _raw_terms(
         key=term_key,
     )
     projection_stats, progress = state.projection_stats, state.progress
-    if taught is not None and any(term.distils for term in objective.terms):
+    if teacher_record is not None and any(term.distils for term in objective.terms):
 
         def leading(count: int) -> Leading:
             running = learner.replace(stats=jax.lax.stop_gradient(stats))
             ours, _, pull_ours = _forward(running, images[:count], taps, train=False)
             return Leading(ours, pull_ours)
 
-        fresh = jax.eval_shape(partial(init_projections, objective.projections), outputs, taught.outputs, key)
+        fresh = jax.eval_shape(partial(init_projections, objective.projections), outputs, teacher_record.outputs, key)
         given = trainable["projections"], state.projection_stats
         for name, found, like in zip(("projections", "projection_stats"), given, fresh, strict=True):
             check_form(f"state.{name}", {key: found[key] for key in objective.projections}, like)
-        views = project(
-            objective.projections, trainable["projections"], state.projection_stats, outputs, taught.outputs
+        student_views, teacher_views, projection_stats = project(
+            objective.projections, trainable["projections"], state.projection_stats, outputs, teacher_record.outputs
         )
-        student_views, teacher_views, projection_stats = views
         record = replace(
             record,
-            teacher=taught.outputs,
+            teacher=teacher_record.outputs,
             student_views=student_views,
             teacher_views=teacher_views,
-            teacher_pullback=taught.pullback,
+            teacher_pullback=teacher_record.pullback,
             leading=leading,
-            teacher_leading=taught.leading,
+            teacher_leading=teacher_record.leading,
         )
         if objective.progress is not None:
             progress = objective.progress.update(progress, record)
-    parts = {} if taught is None else taught.parts
+    parts = {} if teacher_record is None else teacher_record.parts
     evaluation = evaluate(objective, record, state.step, progress_of(state), parts)
     predictions = outputs.logits.argmax(-1)
     metrics = evaluation.metrics | {"accuracy": (predictions == labels).mean(dtype=jnp.float32)}
@@ -177,7 +176,7 @@ def _tapped(terms: Iterable[Term]) -> list[tuple[int, int]]:
     return [term.gradient_stages for term in terms if term.gradient_stages]
 
 
-class _Pull(NamedTuple):
+class _StepGradient(NamedTuple):
     """The terms of one step and their gradient; terms not computed are NaN in `raw` and in the metrics."""
 
     computed: Bool[Array, " terms"]
@@ -190,7 +189,7 @@ class _Pull(NamedTuple):
     metrics: Metrics
 
 
-Teaching = Callable[[tuple[Term, ...]], Taught | None]
+TeacherFor = Callable[[tuple[Term, ...]], TeacherRecord | None]
 """terms -> the teacher's outputs on this step's batch, as far as these terms read them."""
 
 
@@ -211,20 +210,22 @@ def _term_gradients(terms: Sequence[Term], gradient_of: Callable[[Array], PyTree
     return metrics
 
 
-def _make_pull(
+def _make_step_gradient(
     student: Network, objective: Objective, skip_below: float, term_gradients_every: int | None, mesh: Mesh | None
-) -> Callable[[TrainState, Teaching, Batch, Array], _Pull]:
+) -> Callable[[TrainState, TeacherFor, Batch, Array], _StepGradient]:
     """The terms of a step and the gradient of their weighted sum; only the terms of this step cost anything."""
     terms = objective.terms
 
-    def pull(computed: tuple[bool, ...], teaching: Teaching, state: TrainState, batch: Batch, key: Array) -> _Pull:
+    def step_gradient(
+        computed: tuple[bool, ...], teacher_for: TeacherFor, state: TrainState, batch: Batch, key: Array
+    ) -> _StepGradient:
         present = tuple(term for term, on in zip(terms, computed, strict=True) if on)
-        taught = teaching(present)
+        teacher_record = teacher_for(present)
         raw, pull_back, aux = jax.vjp(
             lambda trainable: _raw_terms(
                 trainable,
                 state,
-                taught,
+                teacher_record,
                 batch,
                 student=student,
                 objective=objective._replace(terms=present),
@@ -244,7 +245,7 @@ def _make_pull(
         values = dict(zip((term.name for term in present), raw, strict=True))
         at = state.step, progress_of(state)
         weights = {f"{term.name}/weight": jnp.asarray(value_at(term.weight, *at), jnp.float32) for term in terms}
-        return _Pull(
+        return _StepGradient(
             computed=jnp.asarray(computed),
             raw=jnp.stack([values.get(term.name, jnp.float32(jnp.nan)) for term in terms]),
             weights=jnp.stack(list(weights.values())),
@@ -264,15 +265,15 @@ def _make_pull(
     if not all(any(row) for row in variants):
         raise ValueError("some steps would have no term: give one that does not distil every_k_steps = 1")
     if len(variants) == 1:
-        return lambda state, teaching, batch, key: pull(variants[0], teaching, state, batch, key)
+        return lambda state, teacher_for, batch, key: step_gradient(variants[0], teacher_for, state, batch, key)
 
-    def pull_variant(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> _Pull:
+    def variant_gradient(state: TrainState, teacher_for: TeacherFor, batch: Batch, key: Array) -> _StepGradient:
         arguments = state, batch, key
-        whole = jax.eval_shape(partial(pull, (True,) * len(terms), teaching), *arguments)
+        whole = jax.eval_shape(partial(step_gradient, (True,) * len(terms), teacher_for), *arguments)
         absent = {name: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for name, leaf in whole.metrics.items()}
 
-        def padded(computed: tuple[bool, ...], *arguments: Any) -> _Pull:
-            result = pull(computed, teaching, *arguments)
+        def padded(computed: tuple[bool, ...], *arguments: Any) -> _StepGradient:
+            result = step_gradient(computed, teacher_for, *arguments)
             return result._replace(metrics=absent | result.metrics)
 
         def variant_at(rows: list[tuple[bool, ...]]) -> Array:
@@ -284,7 +285,7 @@ def _make_pull(
             variant = jnp.where((jnp.abs(weights) < skip_below).all(), variant_at(idle), variant)
         return jax.lax.switch(variant, [partial(padded, row) for row in variants], *arguments)
 
-    return pull_variant
+    return variant_gradient
 
 
 def make_learn(
@@ -297,17 +298,19 @@ def make_learn(
     skip_below: float,
     term_gradients_every: int | None,
     mesh: Mesh | None,
-) -> Callable[[TrainState, Teaching, Batch, Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, TeacherFor, Batch, Array], tuple[TrainState, Metrics]]:
     """The step of one student on a batch that is already made; `make_train_step` documents the options."""
     if term_gradients_every is not None:
         term_gradients_every = positive_count("term_gradients_every", term_gradients_every)
     update = optax.with_extra_args_support(optimizer).update
-    pull = _make_pull(student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh)
+    step_gradient = _make_step_gradient(
+        student.replace(params=None, stats=None), objective, skip_below, term_gradients_every, mesh
+    )
 
-    def learn(state: TrainState, teaching: Teaching, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        pulled = pull(state, teaching, batch, key)
-        gradient = pulled.gradient
-        weighted = jnp.where(pulled.computed, pulled.raw * pulled.weights, 0.0)
+    def learn(state: TrainState, teacher_for: TeacherFor, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        result = step_gradient(state, teacher_for, batch, key)
+        gradient = result.gradient
+        weighted = jnp.where(result.computed, result.raw * result.weights, 0.0)
         loss = weighted.sum()
         trainable = {"student": state.params, "projections": state.projections}
         updates, opt_state = update(gradient, state.opt_state, trainable, value=loss, grad=gradient)
@@ -315,10 +318,10 @@ def make_learn(
         new = state._replace(
             step=state.step + 1,
             params=trained["student"],
-            stats=pulled.stats,
+            stats=result.stats,
             projections=trained["projections"],
-            projection_stats=pulled.projection_stats,
-            progress=pulled.progress,
+            projection_stats=result.projection_stats,
+            progress=result.progress,
             opt_state=opt_state,
         )
         if average_decay is not None:
@@ -326,7 +329,7 @@ def make_learn(
             new = new._replace(average=_averaged((new.params, new.stats), state.average, decay))
         gradient_norm = optax.tree.norm(gradient)
         kept = _accepted(new, state, weighted, gradient_norm)
-        metrics = pulled.metrics | {
+        metrics = result.metrics | {
             "loss": loss,
             "gradient_norm": gradient_norm,
             "step": state.step,
@@ -468,7 +471,7 @@ def make_train_step(
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
         batch, key = spread_batch(check_batch(batch), mesh), step_key(seed, state.step)
-        return learn(state, lambda terms: teach(teacher, batch, terms, key), batch, key)
+        return learn(state, lambda terms: run_teacher(teacher, batch, terms, key), batch, key)
 
     # One step goes through `scan` too: a second form of the program would round differently.
     def dispatch(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
@@ -506,8 +509,10 @@ def make_gradient_report(
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
-            taught = teach(teacher, batch, objective.terms, key)
-            return _raw_terms(trainable, state, taught, batch, student=student, objective=objective, key=key, mesh=mesh)
+            teacher_record = run_teacher(teacher, batch, objective.terms, key)
+            return _raw_terms(
+                trainable, state, teacher_record, batch, student=student, objective=objective, key=key, mesh=mesh
+            )
 
         _, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
         return _term_gradients(objective.terms, lambda row: pull_back(row)[0], objective.terms[0])

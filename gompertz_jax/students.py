@@ -20,10 +20,10 @@ from ._checks import checked, positive_count
 from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, copied, each_device, spread_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
-from .record import Taught
+from .record import TeacherRecord
 from .schedules import AnySchedule, Schedule, constant_schedule, value_at
 from .state import TrainState, check_optimizer, progress_of
-from .step import Batch, Metrics, check_batch, check_seed, make_learn, step_key, teach
+from .step import Batch, Metrics, check_batch, check_seed, make_learn, run_teacher, step_key
 
 LAYOUTS = ("devices", "map", "vmap", "unroll")
 
@@ -147,13 +147,13 @@ def over_students(layout: str, one: Callable[..., Any], *arguments: PyTree) -> A
     return stacked([one(*jax.tree.map(lambda leaf, i=i: leaf[i], arguments)) for i in range(count)])
 
 
-def teach_all(
+def run_teacher_once(
     teacher: Network | None, batch: Batch, groups: Sequence[Group], key: Array, step: Array
-) -> list[Taught | None]:
+) -> list[TeacherRecord | None]:
     """What each group reads of the teacher on a batch, computed once for all of them."""
-    listed = [group.objectives[0].terms for group in groups]
-    taught = teach(teacher, batch, tuple(term for terms in listed for term in terms), key)
-    if taught is None:
+    terms_of = [group.objectives[0].terms for group in groups]
+    teacher_record = run_teacher(teacher, batch, tuple(term for terms in terms_of for term in terms), key)
+    if teacher_record is None:
         return [None] * len(groups)
     known: dict[Any, PyTree] = {}
 
@@ -161,7 +161,7 @@ def teach_all(
         identity = _computes(term)
         if identity not in known:
             assert term.of_teacher is not None
-            compute = partial(term.of_teacher, taught)
+            compute = partial(term.of_teacher, teacher_record)
             if term.every_k_steps > 1:
                 nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute))
                 known[identity] = jax.lax.cond(step % term.every_k_steps == 0, compute, lambda: nothing)
@@ -170,8 +170,8 @@ def teach_all(
         return known[identity]
 
     return [
-        taught._replace(parts={term.name: part(term) for term in terms if term.of_teacher is not None})
-        for terms in listed
+        teacher_record._replace(parts={term.name: part(term) for term in terms if term.of_teacher is not None})
+        for terms in terms_of
     ]
 
 
@@ -259,15 +259,19 @@ def make_comparison_step(
     ) -> tuple[Students, tuple[Metrics, ...]]:
         batch = batch_of(data, students.step)
         batch, key = spread_batch(check_batch(batch), dividing), step_key(seed, students.step)
-        taught = teach_all(teacher, batch, groups, key, students.step)
+        teacher_records = run_teacher_once(teacher, batch, groups, key, students.step)
 
-        def one(group: Group, taught: Taught | None, state: TrainState, arm: Array) -> tuple[TrainState, Metrics]:
+        def one(
+            group: Group, teacher_record: TeacherRecord | None, state: TrainState, arm: Array
+        ) -> tuple[TrainState, Metrics]:
             learn = make_learn(student, optimizer, group.at(arm, state), **rest)
-            return learn(state, lambda terms: taught, batch, key)
+            return learn(state, lambda terms: teacher_record, batch, key)
 
         results = [
-            over_students(layout, partial(one, group, said), states, theirs)
-            for group, said, states, theirs in zip(groups, taught, students.groups, arms, strict=True)
+            over_students(layout, partial(one, group, teacher_record), states, theirs)
+            for group, teacher_record, states, theirs in zip(
+                groups, teacher_records, students.groups, arms, strict=True
+            )
         ]
         return (
             Students(students.step + 1, tuple(state for state, _ in results)),
@@ -305,8 +309,8 @@ def _divided(steps: Steps, mesh: Mesh) -> Steps:
         after, metrics = of_device(students._replace(groups=filled), theirs, teacher, data)
         groups = jax.tree.map(lambda rows, whole: rows[: len(whole)], after.groups, students.groups)
         return after._replace(groups=groups), tuple(
-            {name: rows[:, : len(whole)] for name, rows in told.items()}
-            for told, whole in zip(metrics, arms, strict=True)
+            {name: rows[:, : len(whole)] for name, rows in group_metrics.items()}
+            for group_metrics, whole in zip(metrics, arms, strict=True)
         )
 
     return of_all

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from .losses import closed_forms, features, gradients, logits, relations
 from .network import Outputs
 from .projections import Pairs, stage_pairs
-from .record import Record, Taught
+from .record import Record, TeacherRecord
 
-Health = dict[str, Float[Array, "..."]]
+Diagnostics = dict[str, Float[Array, "..."]]
 
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)  # of MLKD's three levels
 
@@ -171,7 +171,7 @@ def wasserstein(
     cost: str = "squared_euclidean",
     marginal_penalty: float = 0.0,
     threshold: float = 1e-3,
-) -> tuple[Float[Array, "..."], Health]:
+) -> tuple[Float[Array, "..."], Diagnostics]:
     """Transport between both maps; the squared Euclidean cost is divided by the width (about 0 to 2).
 
     Args:
@@ -188,7 +188,7 @@ def wasserstein(
         the most.
 
     Returns:
-      One distance per image, `[B]`, or one for the batch, `[]`; and the health of the iterations.
+      One distance per image, `[B]`, or one for the batch, `[]`; and the diagnostics of the iterations.
 
     Raises:
       ValueError: `cloud` is none of these, or "class" with a penalty.
@@ -200,8 +200,8 @@ def wasserstein(
         if debiased or marginal_penalty:
             raise ValueError("cloud='class' takes neither debiased nor marginal_penalty")
         transport = partial(class_sinkhorn_distance, cost=cost, threshold=threshold, return_diagnostics=True)
-        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), record.labels, epsilon=epsilon)
-        return distance, _told(health, distance.dtype)
+        distance, diagnostics = record.whole_batch(transport)(x.mean(1), y.mean(1), record.labels, epsilon=epsilon)
+        return distance, _as_metrics(diagnostics, distance.dtype)
     transport = partial(
         sinkhorn_distance,
         cost=cost,
@@ -211,12 +211,12 @@ def wasserstein(
         return_diagnostics=True,
     )
     if cloud == "image":
-        distance, health = record.per_image(transport)(x, y, epsilon=epsilon)
+        distance, diagnostics = record.per_image(transport)(x, y, epsilon=epsilon)
     elif cloud == "batch":
-        distance, health = record.whole_batch(transport)(x.mean(1), y.mean(1), epsilon=epsilon)
+        distance, diagnostics = record.whole_batch(transport)(x.mean(1), y.mean(1), epsilon=epsilon)
     else:
         raise ValueError(f"cloud must be 'image', 'batch' or 'class', got {cloud!r}")
-    return distance, _told(health, distance.dtype)
+    return distance, _as_metrics(diagnostics, distance.dtype)
 
 
 def gaussian(record: Record, *, projection: str = "last") -> Float[Array, " batch"]:
@@ -234,14 +234,14 @@ def wasserstein_features(
 
 def wasserstein_logits(
     record: Record, *, projection: str = "classes", temperature: Any = 8.0, epsilon: Any = 0.05
-) -> tuple[Float[Array, " batch"], Health]:
+) -> tuple[Float[Array, " batch"], Diagnostics]:
     """`wasserstein_logits` (WKD-L) over all classes but the label, at the teacher's distances between classes."""
     from .losses.wasserstein import wasserstein_logits
 
     def transport(student: Array, teacher: Array, labels: Array, **shared: Any) -> Any:
         return wasserstein_logits(student, teacher, labels=labels, return_diagnostics=True, **shared)
 
-    distance, health = record.per_image(transport)(
+    distance, diagnostics = record.per_image(transport)(
         record.student.logits,
         record.taught().logits,
         record.labels,
@@ -249,7 +249,7 @@ def wasserstein_logits(
         temperature=temperature,
         epsilon=epsilon,
     )
-    return distance, _told(health, distance.dtype)
+    return distance, _as_metrics(diagnostics, distance.dtype)
 
 
 def target_cross_entropy(record: Record) -> Float[Array, " batch"]:
@@ -257,11 +257,11 @@ def target_cross_entropy(record: Record) -> Float[Array, " batch"]:
     return logits.target_cross_entropy(record.student.logits, record.taught().logits, record.labels)
 
 
-def _told(health: Any, dtype: Any) -> Health:
+def _as_metrics(diagnostics: Any, dtype: Any) -> Diagnostics:
     return {
-        "converged": health.converged.astype(dtype),
-        "iterations": health.iterations.astype(dtype),
-        "marginal_error": health.marginal_error,
+        "converged": diagnostics.converged.astype(dtype),
+        "iterations": diagnostics.iterations.astype(dtype),
+        "marginal_error": diagnostics.marginal_error,
     }
 
 
@@ -296,15 +296,15 @@ class TeacherGradient(NamedTuple):
 
 
 def teacher_gradient(
-    taught: Taught, *, target: str = "top_class", images: int = 0, stages: tuple[int, ...] = (), **_: Any
+    teacher: TeacherRecord, *, target: str = "top_class", images: int = 0, stages: tuple[int, ...] = (), **_: Any
 ) -> TeacherGradient:
     """What `gradient_match` with these options reads of the teacher; its other options are ignored."""
-    if images in (0, len(taught.labels)):
-        outputs, pull_back = taught.outputs, taught.pullback
+    if images in (0, len(teacher.labels)):
+        outputs, pull_back = teacher.outputs, teacher.pullback
     else:
-        assert taught.leading is not None
-        outputs, pull_back = taught.leading(images)
-    direction = TARGETS[target].direction(outputs.logits, taught.labels[: len(outputs.logits)], taught.key)
+        assert teacher.leading is not None
+        outputs, pull_back = teacher.leading(images)
+    direction = TARGETS[target].direction(outputs.logits, teacher.labels[: len(outputs.logits)], teacher.key)
     gradient = jax.lax.stop_gradient(_gradient(outputs, pull_back, direction, stages[1:]))
     return TeacherGradient(direction, gradient)
 
@@ -351,8 +351,8 @@ def gradient_match(
     if of_teacher is None:
         pull_back, leading = record.teacher_pullback, record.teacher_leading
         assert pull_back is not None
-        taught = Taught(record.labels, teacher, pull_back, leading, record.key)
-        of_teacher = teacher_gradient(taught, target=target, images=images, stages=stages)
+        teacher_record = TeacherRecord(record.labels, teacher, pull_back, leading, record.key)
+        of_teacher = teacher_gradient(teacher_record, target=target, images=images, stages=stages)
     if images in (0, batch):
         student, pull_student = record.student, record.student_pullback
     else:
