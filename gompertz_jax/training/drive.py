@@ -187,14 +187,16 @@ def drive(
             )
         )
         train_step, snapshot = program.make_step(feed), program.snapshot
-        held = data.validation
-        classes = None if held is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *held).classes
+        validation = data.validation
+        teacher_classes = (
+            None if validation is None or teacher is None else make_eval_step(mesh=mesh)(teacher, *validation).classes
+        )
         if outputs:
             teacher = None  # its outputs are in the batches
         if step < plan.steps:
             # A program that is compiled ahead refuses what does not fit it: nothing is compiled a second time.
             train_step = train_step.lower(state, teacher, feed(step)).compile()
-            snapshot = snapshot.lower(state, best, held, classes).compile()
+            snapshot = snapshot.lower(state, best, validation, teacher_classes).compile()
 
         with (
             MetricsWriter(workdir, step=step) as writer,
@@ -217,10 +219,11 @@ def drive(
                 """Write and save what was found at `step`, the end of the dispatch whose metrics were read last."""
                 accuracies = []
                 for student in program.students(jax.device_get(found.line)) if found.line else ():
-                    if held is None or reader.has_failed(student):
+                    if validation is None or reader.has_failed(student):
                         continue
                     line = {name: value.item() for name, value in student.metrics.items()}
-                    line |= {name: line[name] / len(held[1]) for name in ("accuracy", "agreement") if name in line}
+                    count = len(validation.labels)
+                    line |= {name: line[name] / count for name in ("accuracy", "agreement") if name in line}
                     accuracies.append(line["accuracy"])
                     writer.write({"step": step, "split": "validation", **student.tags, **line})
                 if accuracies:
@@ -246,7 +249,7 @@ def drive(
                     conclude(*pending)
                 pending = None
                 if plan.evaluates_at(step):
-                    found = snapshot(state, best, held, classes)
+                    found = snapshot(state, best, validation, teacher_classes)
                     best, pending = found.best, (step, found)
                 if stop.requested():
                     # No dispatch will reuse this state's memory, so if it is not evaluated it is saved without a copy.

@@ -21,9 +21,14 @@ from .config import Config
 from .data import Dataset, Split
 from .sharding import replicate
 
-Held = tuple[jax.Array, jax.Array]
-
 PART = 10_000  # test images that are on the device at a time
+
+
+class Labelled(NamedTuple):
+    """Images on the devices, and their labels."""
+
+    images: jax.Array
+    labels: jax.Array
 
 
 def in_parts(function: Callable[..., jax.Array], split: Split, mesh: Mesh) -> np.ndarray:
@@ -67,15 +72,15 @@ class Images(NamedTuple):
 
     images: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
-    validation: Held | None
+    validation: Labelled | None
 
     @classmethod
     def of(cls, dataset: Dataset, options: Config, mesh: Mesh) -> "Images":
         """Put a data set where `options` (the config's `data`) want it."""
-        (images, labels), held = dataset.train, dataset.validation
+        (images, labels), validation = dataset.train, dataset.validation
         if not stays_on_host(images.nbytes, options, mesh.local_devices[0].memory_stats()):
             images, labels = replicate((images, labels), mesh)
-        return cls(images, labels, None if held is None else replicate(tuple(held), mesh))
+        return cls(images, labels, None if validation is None else Labelled(*replicate(tuple(validation), mesh)))
 
 
 def stays_on_host(size: int, options: Config, memory: Mapping[str, int] | None) -> bool:
@@ -123,7 +128,7 @@ class Feed:
         self._data, self._outputs = data, outputs or {}
         self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS) if divided else COPIED)
         self._steps = steps_per_dispatch
-        self._gathered: dict[int, Future[Held]] = {}
+        self._gathered: dict[int, Future[Labelled]] = {}
         self._thread = ThreadPoolExecutor(1, "gather")
         of_step = partial(batch_indices, seed=seed, batch_size=batch_size, size=len(data.labels))
         self._order = jax.jit(jax.vmap(of_step))
@@ -155,7 +160,7 @@ class Feed:
         }
         return Supply(*self._gathered[step].result(), self._outputs)
 
-    def _gather(self, step: int) -> Held:
+    def _gather(self, step: int) -> Labelled:
         # On the CPU, where there is one: an accelerator would answer only after the dispatches before it.
         with jax.default_device(_cpu()):
             order = np.asarray(self._order(np.arange(step, step + self._steps)))
@@ -166,7 +171,7 @@ class Feed:
 
             return jax.make_array_from_callback((*order.shape, *source.shape[1:]), self._sharding, share)
 
-        return spread(self._data.images), spread(self._data.labels)
+        return Labelled(spread(self._data.images), spread(self._data.labels))
 
     def __enter__(self) -> "Feed":
         return self

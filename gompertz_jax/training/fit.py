@@ -16,7 +16,7 @@ from ..state import TrainState, init_state
 from ..step import as_unit_interval, make_eval_step, make_train_step
 from .config import Config
 from .drive import Plan, Program, Snapshot, drive
-from .feed import Feed, Held, Images
+from .feed import Feed, Images, Labelled
 from .optim import learning_rate, make_optimizer
 from .reader import StudentMetrics
 from .sharding import replicate
@@ -109,8 +109,8 @@ def fit(
     def measured(state: TrainState, teacher: Network) -> TrainState:
         if not objective.projections:
             return state
-        taught = teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
-        return state._replace(projection_stats=measure_teacher(objective.projections, state.projection_stats, taught))
+        outputs = teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
+        return state._replace(projection_stats=measure_teacher(objective.projections, state.projection_stats, outputs))
 
     def make_step(feed: Feed) -> Any:
         return make_train_step(
@@ -152,12 +152,12 @@ def fit(
         stop=stop,
         views=views,
     )
-    (state, best), held = driven[:2], data.validation
+    (state, best), validation = driven[:2], data.validation
     return Fitted(
         last=evaluated(network, state),
-        best=evaluated(network, state) if held is None else network.replace(params=best.params, stats=best.stats),
-        best_accuracy=None if held is None else int(best.correct) / len(held[1]),
-        best_step=None if held is None else int(best.step),
+        best=evaluated(network, state) if validation is None else network.replace(params=best.params, stats=best.stats),
+        best_accuracy=None if validation is None else int(best.correct) / len(validation.labels),
+        best_step=None if validation is None else int(best.step),
         seconds=driven.clock.total_seconds,
         images_per_second=driven.clock.images_per_second,
         not_converged=driven.not_converged,
@@ -207,7 +207,7 @@ class Best(NamedTuple):
 
 def make_snapshot(
     network: Network, mesh: Mesh
-) -> Callable[[TrainState, Best, Held | None, jax.Array | None], Snapshot]:
+) -> Callable[[TrainState, Best, Labelled | None, jax.Array | None], Snapshot]:
     """What is queued behind a dispatch of one student whose end is to be evaluated and saved.
 
     Args:
@@ -215,19 +215,21 @@ def make_snapshot(
       mesh: its devices.
 
     Returns:
-      `snapshot(state, best, held_out, classes) -> Snapshot`: `classes` are the teacher's for the held-out images.
-      Accuracies are exact counts.
+      `snapshot(state, best, validation, teacher_classes) -> Snapshot`: `teacher_classes` are those that the teacher
+      predicts for the held-out images. Accuracies are exact counts.
     """
     evaluate = make_eval_step(mesh=mesh)
 
-    def snapshot(state: TrainState, best: Best, held: Held | None, classes: jax.Array | None) -> Snapshot:
+    def snapshot(
+        state: TrainState, best: Best, validation: Labelled | None, teacher_classes: jax.Array | None
+    ) -> Snapshot:
         line = {}
-        if held is not None:
-            predictions = evaluate(evaluated(network, state), *held)
-            correct = (predictions.classes == held[1]).sum(dtype=jnp.int32)
+        if validation is not None:
+            predictions = evaluate(evaluated(network, state), *validation)
+            correct = (predictions.classes == validation.labels).sum(dtype=jnp.int32)
             line = {"accuracy": correct, "cross_entropy": predictions.cross_entropy}
-            if classes is not None:
-                line["agreement"] = (predictions.classes == classes).sum(dtype=jnp.int32)
+            if teacher_classes is not None:
+                line["agreement"] = (predictions.classes == teacher_classes).sum(dtype=jnp.int32)
             better = correct >= best.correct
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Best.of(state, correct), best)
         return Snapshot(jax.tree.map(jnp.copy, state), best, line)
