@@ -155,8 +155,8 @@ class Trained(NamedTuple):
         """What is known about all students; without `tested`, nothing about the test images."""
         lines = read_metrics(workdir / METRICS)
         curves = _curves(lines)
-        cohort, held = self.cohort, self.dataset.validation
-        listed: dict[str, dict[str, Any]] = {
+        cohort, validation = self.cohort, self.dataset.validation
+        arms: dict[str, dict[str, Any]] = {
             name: {
                 "about": about(cohort.config, name, of_arm),
                 "objective": cohort.content["arms"][name],
@@ -170,14 +170,14 @@ class Trained(NamedTuple):
             group, place = student.group, student.place
             failed_step = int(state[group].failed_step[place])
             prefix = f"{student.arm}/{student.seed}/"
-            listed[student.arm]["students"].append(
+            arms[student.arm]["students"].append(
                 {
                     "seed": student.seed,
                     "failed_at_step": None if failed_step == HEALTHY else failed_step,
                     "best_validation_accuracy": (
-                        None if held is None else int(best[group].correct[place]) / len(held.labels)
+                        None if validation is None else int(best[group].correct[place]) / len(validation.labels)
                     ),
-                    "best_step": None if held is None else int(best[group].step[place]),
+                    "best_step": None if validation is None else int(best[group].step[place]),
                     "not_converged_steps": {
                         name.removeprefix(prefix): steps
                         for name, steps in self.driven.not_converged.items()
@@ -199,7 +199,7 @@ class Trained(NamedTuple):
             "seeds": list(cohort.seeds),
             "order_seed": order_seed(cohort.config),
             "layout": cohort.layout,
-            "arms": listed,
+            "arms": arms,
             "pulls": report.pulls({name: list(self.schedules[name]) for name in cohort.arms}, lines),
             "config": cohort.content,
             "evaluation_changes": self.evaluation_changes,
@@ -324,11 +324,13 @@ def _program(
             projections = group.objectives[0].projections
             if not projections:
                 return states
-            taught = teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
+            outputs = teacher_outputs(teacher, data, config.teacher_statistics_images, mesh)
             # Statistics are of the teacher, and before the first step the same for every student.
             first = jax.tree.map(lambda leaf: leaf[0], states.projection_stats)
-            found = measure_teacher(projections, first, taught)
-            spread = jax.tree.map(lambda leaf, old: jnp.broadcast_to(leaf, old.shape), found, states.projection_stats)
+            measured_stats = measure_teacher(projections, first, outputs)
+            spread = jax.tree.map(
+                lambda leaf, old: jnp.broadcast_to(leaf, old.shape), measured_stats, states.projection_stats
+            )
             return states._replace(projection_stats=spread)
 
         return state._replace(groups=tuple(map(of_group, groups, state.groups)))
@@ -394,11 +396,11 @@ def check_differ(objectives: Mapping[str, Objective], groups: Sequence[Group], s
     same: dict[tuple[int, bytes], list[str]] = {}
     for number, group in enumerate(groups):
         for index, objective in zip(group.arms, group.objectives, strict=True):
-            said = hashlib.sha256()
+            digest = hashlib.sha256()
             for _, schedule in (named for term in objective.terms for named in term_schedules(term)):
-                said.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
-                said.update(sampled(schedule, steps).tobytes())
-            same.setdefault((number, said.digest()), []).append(names[index])
+                digest.update(b"progress" if isinstance(schedule, ByProgress) else b"clock")
+                digest.update(sampled(schedule, steps).tobytes())
+            same.setdefault((number, digest.digest()), []).append(names[index])
     if equal := [" = ".join(map(repr, arms)) for arms in same.values() if len(arms) > 1]:
         raise RunError(
             f"arms are the same objective at every step: {'; '.join(equal)}. Keep one of each. "

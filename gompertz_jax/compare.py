@@ -4,7 +4,7 @@ The students' validation chooses, and the test images are read once, at the end.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from . import report
 from .arms import STUDENT, with_student
-from .cohort import Cohort, Tested, Trained, train_all
+from .cohort import Cohort, Student, Tested, Trained, train_all
 from .step import make_eval_step
 from .training.config import Config
 from .training.errors import RunError
@@ -96,23 +96,26 @@ def tested(trained: Trained) -> Tested:
     def classes(weights: Any) -> list[np.ndarray]:
         return [in_parts(partial(classes_of, *group), test, trained.mesh) for group in weights]
 
-    def share(ours: np.ndarray, right: np.ndarray) -> float:
-        return float(np.mean(ours == right))
+    def of_student(predicted: Sequence[np.ndarray] | None, student: Student) -> np.ndarray | None:
+        return None if predicted is None else predicted[student.group][student.place]
+
+    def agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
+        return None if a is None or b is None else float(np.mean(a == b))
 
     state, best = trained.driven.state, trained.driven.best
     last = classes([group.evaluated() for group in state.groups])
     chosen = None if trained.dataset.validation is None else classes([(group.params, group.stats) for group in best])
-    teacher = None if trained.teacher is None else trained.teacher.network
-    taught = None if teacher is None else in_parts(lambda *part: evaluate(teacher, *part).classes, test, trained.mesh)
+    teacher_classes = None
+    if trained.teacher is not None:
+        teacher = trained.teacher.network
+        teacher_classes = in_parts(lambda *part: evaluate(teacher, *part).classes, test, trained.mesh)
     return Tested(
-        None if taught is None else share(taught, test.labels),
+        agreement(teacher_classes, test.labels),
         {
             student: {
-                "test_accuracy_last": share(last[student.group][student.place], test.labels),
-                "test_accuracy_best": None
-                if chosen is None
-                else share(chosen[student.group][student.place], test.labels),
-                "test_agreement_last": None if taught is None else share(last[student.group][student.place], taught),
+                "test_accuracy_last": agreement(of_student(last, student), test.labels),
+                "test_accuracy_best": agreement(of_student(chosen, student), test.labels),
+                "test_agreement_last": agreement(of_student(last, student), teacher_classes),
             }
             for student in trained.students
         },

@@ -195,13 +195,13 @@ def gompertz_objective(
       ['ce', 'kd', 'wasserstein']
     """
     total_steps = positive_count("total_steps", total_steps)
-    given = (
+    weights = (
         ("soft_target_weight", soft_target_weight),
         ("wasserstein_weight", wasserstein_weight),
         ("gradient_weight", gradient_weight),
     )
     soft_target_weight, wasserstein_weight, gradient_weight = (
-        float(finite_number(name, value)) for name, value in given
+        float(finite_number(name, value)) for name, value in weights
     )
     temperature = float(positive_number("temperature", temperature))
     label_smoothing = float(fraction_from_zero("label_smoothing", label_smoothing))
@@ -210,7 +210,7 @@ def gompertz_objective(
     def under_curve(coefficient: float) -> AnySchedule:
         return product(constant_schedule(coefficient), curve)
 
-    listed = [
+    every_term = [
         Term(
             "ce", constant_schedule(1.0), partial(terms.cross_entropy, label_smoothing=label_smoothing), distils=False
         ),
@@ -221,7 +221,7 @@ def gompertz_objective(
         Term("gradient", under_curve(gradient_weight), terms.gradient_match),
     ]
     coefficients = (1.0, soft_target_weight, wasserstein_weight, gradient_weight)
-    kept = tuple(term for term, coefficient in zip(listed, coefficients, strict=True) if coefficient != 0.0)
+    kept = tuple(term for term, coefficient in zip(every_term, coefficients, strict=True) if coefficient != 0.0)
     progress = Progress() if isinstance(curve, ByProgress) else None
     return Objective(kept, {"last": Projection()} if wasserstein_weight else {}, progress)
 

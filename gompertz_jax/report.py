@@ -259,9 +259,11 @@ PULLS = "How hard each term pulls, beside the first"
 def summary_of(results: Mapping[str, Any]) -> str:
     """What was compared, and how its numbers are to be read."""
     seeds, teacher = results["seeds"], results["teacher"]
-    taught = f"; the teacher has {_percent(results['teacher_test_accuracy'])} % of the test images" if teacher else ""
+    teacher_text = (
+        f"; the teacher has {_percent(results['teacher_test_accuracy'])} % of the test images" if teacher else ""
+    )
     return (
-        f"{len(results['arms'])} arms, seeds {seeds[0]} to {seeds[-1]}, {results['steps']:,} steps each{taught}. "
+        f"{len(results['arms'])} arms, seeds {seeds[0]} to {seeds[-1]}, {results['steps']:,} steps each{teacher_text}. "
         "Mean ± standard deviation over seeds; differences are paired by seed, to "
         f"{results['comparison']['baseline']}, with a t-interval; p of the paired t-test, as it is and corrected for "
         f"the number of arms. All students see the same batches (order seed {results['order_seed']}): the deviation is "
@@ -317,8 +319,8 @@ def schedule_table(schedules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     rows: list[tuple[str, ...]] = [("arm", "term", "start", "midway", "end", "mean", "by learning rate")]
     for name, terms in schedules.items():
         for term, numbers in terms.items():
-            told = f"{term} (by progress)" if numbers["by_progress"] else term
-            rows.append((name, told, *(f"{numbers[key]:.3g}" for key in keys)))
+            label = f"{term} (by progress)" if numbers["by_progress"] else term
+            rows.append((name, label, *(f"{numbers[key]:.3g}" for key in keys)))
             name = ""
     return rows
 

@@ -159,8 +159,8 @@ def state_check(
         for name in ("projections", "projection_stats"):
             found = getattr(state, name)
             if not isinstance(found, Mapping) or not found.keys() >= objective.projections.keys():
-                told = sorted(objective.projections)
-                raise ValueError(f"state.{name} must be those of the objective's projections {told}, {_MADE}")
+                names = sorted(objective.projections)
+                raise ValueError(f"state.{name} must be those of the objective's projections {names}, {_MADE}")
         if optimizer is not None:
             trained = {"student": state.params, "projections": state.projections}
             check_form("state.opt_state", state.opt_state, jax.eval_shape(optimizer.init, trained))

@@ -185,27 +185,27 @@ def tune(
     drawn: dict[str, list[dict[str, float]]] = {}
     tried: dict[str, Config] = {}
     for number, (name, of_arm) in enumerate(arms.items()):
-        found = knobs(of_arm)
-        if not found:
+        arm_knobs = knobs(of_arm)
+        if not arm_knobs:
             raise RunError(f"the arm {name!r} has no parameters to tune; leave it out, its result is what it is")
-        points = shares(search, trials, len(found), config.seed + number)
+        points = shares(search, trials, len(arm_knobs), config.seed + number)
         drawn[name] = []
         for trial, point in enumerate(points):
             changed = of_arm.copy_and_resolve_references()
-            values = {knob.name: knob.range.at(float(share)) for knob, share in zip(found, point, strict=True)}
-            for knob in found:
+            values = {knob.name: knob.range.at(float(share)) for knob, share in zip(arm_knobs, point, strict=True)}
+            for knob in arm_knobs:
                 knob.set(changed, values[knob.name])
             drawn[name].append(values)
             tried[f"{name}-{trial}"] = changed
     with Stop() as stop:
         origin = provenance()
-        listed = Cohort.of(config, tried, seeds, layout)
-        result = on_main(lambda: finished_result(workdir, SEARCH, listed.content))
+        cohort = Cohort.of(config, tried, seeds, layout)
+        result = on_main(lambda: finished_result(workdir, SEARCH, cohort.content))
         if result is not None:
             say(f"{workdir} holds a finished search; another --workdir starts a new one.")
         else:
             with sole_use(workdir):
-                trained = train_all(listed, workdir, stop).results(workdir)
+                trained = train_all(cohort, workdir, stop).results(workdir)
                 result = {"search": search, "trials": trials, **trained, **origin}
                 result["tuned"] = {name: _ranked(name, values, trained) for name, values in drawn.items()}
                 on_main(lambda: _write(workdir, result, tried))

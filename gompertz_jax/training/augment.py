@@ -223,13 +223,13 @@ def make_batch(
     if views:
         view = jnp.asarray(step, jnp.int32) // (size // batch_size) % views
         offset, mirrored = _draws_of_view(view, index, seed=seed, padding=padding, flip=flip)
-        taught = {f"teacher_{name}": values[view, index] for name, values in outputs.items()}
+        teacher_outputs = {f"teacher_{name}": values[view, index] for name, values in outputs.items()}
     else:
         offset, mirrored = _draws_of_step(step, batch_size, seed=seed, padding=padding, flip=flip)
-        taught = {}
+        teacher_outputs = {}
     place = index if gathered_from is None else jnp.arange(batch_size)
     image = _as_floats(_windows(images, place, offset, mirrored))
-    return {"image": image, "label": labels[place].astype(jnp.int32), **taught}
+    return {"image": image, "label": labels[place].astype(jnp.int32), **teacher_outputs}
 
 
 def augmented_view(

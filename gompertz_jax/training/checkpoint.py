@@ -58,7 +58,7 @@ class Checkpoints:
 
         found = on_main(choose)
         self._latest: int | None = found["step"]
-        for line in found["told"]:
+        for line in found["messages"]:
             say(line)
         self._thread = ThreadPoolExecutor(1, "seal")
         self._in_flight: tuple[int, Future[None]] | None = None
@@ -173,12 +173,12 @@ class Checkpoints:
                 f"{self._directory} from a copy, or start anew with another --workdir"
             )
         chosen = newest if chosen is None else chosen
-        told = []
+        messages = []
         for step in steps:
             if chosen is None or step > chosen:
                 path, reason = self._directory / str(step), faults.get(step, "metrics.jsonl lost lines from before it")
-                told.append(f"the checkpoint {path} is left out ({reason}) and kept as {set_aside(path)}")
-        return {"step": chosen, "told": told}
+                messages.append(f"the checkpoint {path} is left out ({reason}) and kept as {set_aside(path)}")
+        return {"step": chosen, "messages": messages}
 
     def close(self) -> None:
         """Wait for what is under way, and release the directory.

@@ -288,13 +288,13 @@ def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, m
     def agreement(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
         return None if a is None or b is None else float(np.mean(a == b))
 
-    last, taught = classes(fitted.last), classes(teacher)
+    last, teacher_classes = classes(fitted.last), classes(teacher)
     best = classes(None if fitted.best_accuracy is None else fitted.best)
     return {
-        "teacher_test_accuracy": agreement(taught, test.labels),
+        "teacher_test_accuracy": agreement(teacher_classes, test.labels),
         "test_accuracy_last": agreement(last, test.labels),
         "test_accuracy_best": agreement(best, test.labels),
-        "test_agreement_last": agreement(last, taught),
+        "test_agreement_last": agreement(last, teacher_classes),
     }
 
 

@@ -161,16 +161,17 @@ def _trace(
 
             return leading
 
-        taught, views, pull_teacher = teacher, ({}, {}, {}), pull_back_of(teacher)
+        teacher_outputs, views, pull_teacher = teacher, ({}, {}, {}), pull_back_of(teacher)
         if teacher is not None:
             if stored:
-                taught, pull_teacher = StoredOutputs.of(*(getattr(teacher, name) for name in stored)), no_pullback
+                teacher_outputs = StoredOutputs.of(*(getattr(teacher, name) for name in stored))
+                pull_teacher = no_pullback
             fresh = init_projections(alone.projections, student, teacher, jax.random.key(0))
-            views = project(alone.projections, *fresh, student, taught or teacher)
+            views = project(alone.projections, *fresh, student, teacher_outputs or teacher)
         record = Record(
             jnp.zeros(len(student.logits), jnp.int32),
             student,
-            taught,
+            teacher_outputs,
             student_views=views[0],
             teacher_views=views[1],
             student_pullback=pull_back_of(student),
