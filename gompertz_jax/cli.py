@@ -63,7 +63,7 @@ def _add_import_torch(commands: Any) -> None:
 
 def _import_torch(parsed: argparse.Namespace) -> None:
     from .models import CARD, names, tensor_files, torch_layouts
-    from .training.teacher import save_network
+    from .training.networks import save_network
 
     if (parsed.out / CARD).exists():
         raise ValueError(f"{parsed.out} holds a network already; give another --out")

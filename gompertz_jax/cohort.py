@@ -37,27 +37,23 @@ from .training.check_config import check_config
 from .training.compilation import keep_compiled
 from .training.config import Config
 from .training.data import Dataset, of_config
-from .training.drive import Driven, Plan, Program, Snapshot, drive
+from .training.drive import Driven, Plan, Program, Snapshot, drive, make_plan
 from .training.errors import RunError
 from .training.feed import Feed, Images
 from .training.fit import Best, make_snapshot, projections_key, teacher_outputs
 from .training.loop import (
-    Teacher,
     described,
-    evaluated_otherwise,
-    obtain_teacher,
     order_seed,
-    planned,
     student_seed,
-    teacher_shapes,
 )
+from .training.networks import network_from, read_card
 from .training.objectives import build_objective, sampled
 from .training.optim import learning_rate, make_optimizer, rate_by_step
 from .training.reader import StudentMetrics
 from .training.sharding import check_batch_size, data_mesh, on_main, say, together
 from .training.stop import Stop
-from .training.teacher import network_from, read_card
-from .training.workdir import begun_with, check_data, claim_workdir, frozen
+from .training.teacher import Teacher, obtain_teacher, teacher_shapes
+from .training.workdir import begun_with, check_data, claim_workdir, evaluation_changes, frozen
 from .training.writer import METRICS, read_metrics
 
 
@@ -229,7 +225,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     check_batch_size(config.recipe.batch_size, sharing, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    plan = planned(config.recipe, config, dataset, workdir)
+    plan = make_plan(config.recipe, config, dataset, workdir)
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in cohort.arms.items()}
     distils = any(term.distils for objective in objectives.values() for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
@@ -257,7 +253,7 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     keep_compiled(config.compilation_cache)
     networks = [network_from(content["student"], dataset, seed=student_seed(seed)) for seed in cohort.seeds]
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
-    changes = evaluated_otherwise(workdir, content)
+    changes = on_main(lambda: evaluation_changes(workdir, content))
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     names = list(cohort.arms)

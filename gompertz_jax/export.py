@@ -25,8 +25,9 @@ from .training.checkpoint import read_state, saved_steps
 from .training.data import Dataset, of_config
 from .training.errors import RunError
 from .training.files import read_json, write_json
+from .training.networks import load_network, network_shapes
 from .training.sharding import data_mesh, replicate
-from .training.teacher import held_out, load_network, network_shapes
+from .training.teacher import held_out
 from .training.workdir import CHECKPOINTS, CONFIG, RESULT, provenance, with_defaults
 from .training.writer import METRICS, read_metrics
 

@@ -10,9 +10,9 @@ from gompertz_jax.students import grouped
 from gompertz_jax.training.data import load
 from gompertz_jax.training.drive import Plan
 from gompertz_jax.training.feed import Images
+from gompertz_jax.training.networks import network_from
 from gompertz_jax.training.objectives import build_objective
 from gompertz_jax.training.sharding import data_mesh
-from gompertz_jax.training.teacher import network_from
 
 
 def test_progress_is_not_the_clock():

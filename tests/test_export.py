@@ -19,7 +19,7 @@ from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.files import write_json
 from gompertz_jax.training.fit import Best
-from gompertz_jax.training.teacher import network_card, network_from, save_network
+from gompertz_jax.training.networks import network_card, network_from, save_network
 from gompertz_jax.training.workdir import CONFIG, frozen, sole_use
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnx", "onnxruntime"))

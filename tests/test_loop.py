@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from helpers import ROOT, small_config, tiny_config, train
 
-from gompertz_jax.training import feed, fit, loop
+from gompertz_jax.training import feed, fit, loop, teacher
 from gompertz_jax.training.data import Dataset, load
 from gompertz_jax.training.errors import RunError
+from gompertz_jax.training.networks import load_network, save_network
 from gompertz_jax.training.sharding import data_mesh
 from gompertz_jax.training.stop import Stop
-from gompertz_jax.training.teacher import load_network, save_network
 from gompertz_jax.training.workdir import frozen
 from gompertz_jax.training.writer import read_metrics
 
@@ -214,7 +214,7 @@ def test_a_result_says_of_each_network_what_it_does_on_the_test_images_read_once
     last, best, taught = (loop.network_from(config[role].to_dict(), data, seed=seed) for role, seed in seeds)
     reads, read = [], Dataset.test
     monkeypatch.setattr(Dataset, "test", lambda self: reads.append(1) or read(self))
-    monkeypatch.setattr(loop, "obtain_teacher", lambda *_: loop.Teacher(taught, "it", 0.5, 1.0))
+    monkeypatch.setattr(loop, "obtain_teacher", lambda *_: teacher.Teacher(taught, "it", 0.5, 1.0))
     monkeypatch.setattr(feed, "PART", 100)  # the test images come in four parts
 
     def fitted(*_, **__):
@@ -243,12 +243,12 @@ def test_the_teacher_is_its_best_network_and_a_student_may_begin_as_a_whole_one(
     spec, shift = config.teacher.to_dict(), lambda leaf: leaf + np.float32(0.5)
     last = loop.network_from(spec, dataset, seed=1)
     best = last.replace(params=jax.tree.map(shift, last.params), stats=jax.tree.map(shift, last.stats))
-    monkeypatch.setattr(loop, "fit", lambda *_, **__: fit.Fitted(last, best, 0.25, 27, 9.0, 5.0, {}))
+    monkeypatch.setattr(teacher, "fit", lambda *_, **__: fit.Fitted(last, best, 0.25, 27, 9.0, 5.0, {}))
     images = feed.Images.of(dataset, config.data, data_mesh())
     arguments = dataset, images, tmp_path, data_mesh(), Stop()
-    teacher, _ = loop.trained_teacher(config, frozen(config), *arguments)
+    trained, _ = teacher.train_teacher(config, frozen(config), *arguments)
     begun = loop.begun_from(tmp_path, last)
-    for network in (teacher, begun):
+    for network in (trained, begun):
         jax.tree.map(np.testing.assert_array_equal, (network.params, network.stats), (best.params, best.stats))
     card = json.loads((tmp_path / "teacher.json").read_text())
     assert (card["selected_step"], card["validation_accuracy"]) == (27, 0.25)
@@ -263,6 +263,6 @@ def test_the_teachers_own_recipe_smooths_its_own_labels(tmp_path, monkeypatch):
         assert term.loss.keywords == {"label_smoothing": 0.3}
         raise Reached
 
-    monkeypatch.setattr(loop, "fit", reached)
+    monkeypatch.setattr(teacher, "fit", reached)
     with pytest.raises(Reached):
         loop.train_and_evaluate(small_config(**{"teacher.recipe.label_smoothing": 0.3}), tmp_path)

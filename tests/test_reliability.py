@@ -25,7 +25,7 @@ from gompertz_jax.training import loop
 from gompertz_jax.training.checkpoint import Checkpoints
 from gompertz_jax.training.data import load
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.teacher import load_network, save_network
+from gompertz_jax.training.networks import load_network, save_network
 from gompertz_jax.training.workdir import sole_use
 
 

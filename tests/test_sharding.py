@@ -20,7 +20,7 @@ from gompertz_jax.data_parallel import spread_batch
 from gompertz_jax.step import TELEMETRY
 from gompertz_jax.training import loop, sharding
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.teacher import load_network
+from gompertz_jax.training.networks import load_network
 from gompertz_jax.training.writer import read_metrics
 
 FLAGS = os.environ["XLA_FLAGS"]  # conftest's

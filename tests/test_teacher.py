@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gompertz_jax as gj
+from gompertz_jax.training import networks
 from gompertz_jax.training import teacher as room
 from gompertz_jax.training.data import Dataset, Split
 from gompertz_jax.training.errors import RunError
@@ -78,48 +79,52 @@ def test_a_normalisation_that_is_not_the_teachers_is_seen_by_its_accuracy():
 
 
 def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
-    network = room.network_from(SPEC, dataset(), seed=3)
-    room.save_network(tmp_path, network, room.network_card(SPEC, dataset()))
-    loaded = room.load_network(tmp_path)
+    network = networks.network_from(SPEC, dataset(), seed=3)
+    networks.save_network(tmp_path, network, networks.network_card(SPEC, dataset()))
+    loaded = networks.load_network(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.stats), (network.params, network.stats))
     images = jnp.linspace(0, 1, 2 * 64).reshape(2, 8, 8, 1)
     got, expected = (n.forward(images, train=False)[0].logits for n in (loaded, network))
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(gj.models.load(tmp_path).forward(images, train=False)[0].logits, expected)
-    shapes = room.load_network(tmp_path, abstract=True)
+    shapes = networks.load_network(tmp_path, abstract=True)
     assert jax.tree.map(lambda a: a.shape, shapes.params) == jax.tree.map(lambda a: a.shape, network.params)
     np.testing.assert_allclose(shapes.mean, [0.35])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_network_computes_in_the_dtype_that_its_config_names(dtype):
-    network = room.network_from({**SPEC, "dtype": dtype}, dataset(), seed=3)
+    network = networks.network_from({**SPEC, "dtype": dtype}, dataset(), seed=3)
     found, _ = jax.eval_shape(lambda images: network.forward(images, train=False), jnp.zeros((2, 8, 8, 1)))
     assert {feature.dtype for feature in found.features} == {jnp.dtype(dtype)}
 
 
 def test_fingerprints_tell_networks_apart():
-    one, same, other = (room.network_from(SPEC, dataset(), seed=seed) for seed in (3, 3, 4))
-    assert room.fingerprint(one) == room.fingerprint(same) != room.fingerprint(other)
+    one, same, other = (networks.network_from(SPEC, dataset(), seed=seed) for seed in (3, 3, 4))
+    assert networks.fingerprint(one) == networks.fingerprint(same) != networks.fingerprint(other)
 
 
 def test_what_is_no_network_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no trained network"):
-        room.load_network(tmp_path)
-    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), room.network_card(SPEC, dataset()))
-    (tmp_path / room.CARD).write_text('{"model": "resnet8"')
+        networks.load_network(tmp_path)
+    networks.save_network(
+        tmp_path, networks.network_from(SPEC, dataset(), seed=3), networks.network_card(SPEC, dataset())
+    )
+    (tmp_path / networks.CARD).write_text('{"model": "resnet8"')
     with pytest.raises(RunError, match="cannot be read"):
-        room.load_network(tmp_path)
-    (tmp_path / room.CARD).write_text('{"model": "resnet8"}')
+        networks.load_network(tmp_path)
+    (tmp_path / networks.CARD).write_text('{"model": "resnet8"}')
     with pytest.raises(RunError, match="describes no known network"):
-        room.load_network(tmp_path)
+        networks.load_network(tmp_path)
 
 
 def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
     with pytest.raises(ValueError, match="holds no trained network"):
         gj.models.load(tmp_path)
-    room.save_network(tmp_path, room.network_from(SPEC, dataset(), seed=3), room.network_card(SPEC, dataset()))
-    data = max((tmp_path / room.ARRAYS).rglob("*"), key=lambda path: path.stat().st_size)
+    networks.save_network(
+        tmp_path, networks.network_from(SPEC, dataset(), seed=3), networks.network_card(SPEC, dataset())
+    )
+    data = max((tmp_path / networks.ARRAYS).rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"network is damaged or no checkpoint: .* was altered or cut off"):
         gj.models.load(tmp_path)
@@ -127,7 +132,7 @@ def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
 
 def test_options_that_a_model_does_not_take_are_refused_by_name():
     with pytest.raises(RunError, match="width"):
-        room.network_from({**SPEC, "options": {"width": 2.0}}, dataset(), seed=0)
+        networks.network_from({**SPEC, "options": {"width": 2.0}}, dataset(), seed=0)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -24,15 +24,16 @@ from ..objective import Objective
 from ..step import make_eval_step
 from .checkpoint import Checkpoints
 from .config import Config
+from .data import Dataset
 from .errors import RunError
 from .feed import Feed, Images
+from .networks import fingerprint
 from .outputs import OUTPUTS, stored_outputs
 from .preflight import stored_parts
 from .reader import Clock, MetricsReader, StudentMetrics
 from .sharding import on_main, replicate, say
 from .stop import Stop
-from .teacher import fingerprint
-from .workdir import CHECKPOINTS
+from .workdir import CHECKPOINTS, begun_with
 from .writer import METRICS, MetricsWriter, ProgressBar, lines_until, read_metrics
 
 MOST_STEPS = 10_000_000  # the schedules' values at every step are looked at beforehand
@@ -84,6 +85,12 @@ class Plan(NamedTuple):
         """Whether the dispatch that ends at `step` passed the end of an evaluation interval."""
         before = step - self.steps_per_dispatch
         return step // self.evaluate_every > before // self.evaluate_every or step == self.steps
+
+
+def make_plan(recipe: Config, config: Config, dataset: Dataset, workdir: Path, *, where: str = "recipe") -> Plan:
+    """The plan of a recipe on a data set, with the dispatches of the workdir's first start."""
+    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
+    return Plan.of(recipe, config, len(dataset.train.labels), where=where, begun=begun)
 
 
 class Program(NamedTuple):

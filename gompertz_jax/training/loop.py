@@ -7,7 +7,7 @@ what happens next, the first one reads it and informs the others.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,25 +15,19 @@ from jax.sharding import Mesh
 
 from .. import report
 from ..network import Network
-from ..objective import Objective, student_alone
+from ..objective import Objective
 from ..step import make_eval_step
 from . import preflight
 from .check_config import check_config
 from .compilation import keep_compiled
 from .config import Config
 from .data import Dataset, of_config
-from .drive import Plan
+from .drive import Plan, make_plan
 from .errors import RunError
 from .feed import Images, device_room, in_parts
 from .files import write_json
 from .fit import Fitted, fit
-from .objectives import build_objective
-from .optim import learning_rate
-from .sharding import check_batch_size, data_mesh, on_main, say, together
-from .stop import Stop
-from .teacher import (
-    gate,
-    judged_on,
+from .networks import (
     load_network,
     network_card,
     network_fault,
@@ -42,10 +36,13 @@ from .teacher import (
     read_card,
     save_network,
 )
+from .objectives import build_objective
+from .optim import learning_rate
+from .sharding import check_batch_size, data_mesh, on_main, say, together
+from .stop import Stop
+from .teacher import obtain_teacher, teacher_directory, teacher_shapes
 from .workdir import (
     RESULT,
-    TEACHER_RESULT,
-    begun_with,
     check_data,
     claim_workdir,
     evaluation_changes,
@@ -82,7 +79,7 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
     origin = provenance()  # of the code that is loaded now: a commit may be made during the run
     check_config(config)
     if config.teacher.dir:
-        on_main(lambda: read_card(_teacher_directory(config)))
+        on_main(lambda: read_card(teacher_directory(config)))
     if config.init_from:
         on_main(lambda: check_beginning(config))
     content = frozen(config)
@@ -145,7 +142,7 @@ def _run(
     check_batch_size(config.recipe.batch_size, mesh.size, "recipe.batch_size")
     dataset = together(lambda: of_config(config.data))
     on_main(lambda: check_data(workdir, config.data.name, dataset.sha256))
-    plan = planned(config.recipe, config, dataset, workdir)
+    plan = make_plan(config.recipe, config, dataset, workdir)
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
     shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
@@ -155,7 +152,7 @@ def _run(
     if config.init_from:
         student = begun_from(Path(config.init_from).expanduser(), student)
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
-    changes = evaluated_otherwise(workdir, content)
+    changes = on_main(lambda: evaluation_changes(workdir, content))
     data = Images.of(dataset, config.data, mesh)
     teacher = obtain_teacher(config, content, dataset, data, workdir, mesh, stop) if distils else None
     say(f"training the student {config.student.model}: {plan.steps:,} steps of {config.recipe.batch_size} images")
@@ -201,20 +198,6 @@ def _run(
     result = on_main(lambda: conclude(workdir, result))
     say(report.result_card(result, workdir))
     return result
-
-
-def planned(recipe: Config, config: Config, dataset: Dataset, workdir: Path, *, where: str = "recipe") -> Plan:
-    """The plan of a recipe on a data set, with the dispatches of the workdir's first start."""
-    begun = on_main(lambda: begun_with(workdir, "evaluate_every_epochs"))
-    return Plan.of(recipe, config, len(dataset.train.labels), where=where, begun=begun)
-
-
-def evaluated_otherwise(workdir: Path, content: Mapping[str, Any]) -> list[str]:
-    """`evaluation_changes`, which are also told."""
-    changes = on_main(lambda: evaluation_changes(workdir, content))
-    if changes:
-        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
-    return changes
 
 
 def check_beginning(config: Config) -> None:
@@ -296,121 +279,3 @@ def test_accuracies(fitted: Fitted, teacher: Network | None, dataset: Dataset, m
         "test_accuracy_best": agreement(best, test.labels),
         "test_agreement_last": agreement(last, teacher_classes),
     }
-
-
-# --- the teacher ------------------------------------------------------------------------------------------------------
-
-
-class Teacher(NamedTuple):
-    """A network that passed the gate, and where it came from."""
-
-    network: Network
-    name: str
-    validation_accuracy: float | None
-    seconds: float
-
-
-def teacher_shapes(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, devices: int
-) -> tuple[dict[str, Any], Network]:
-    """The teacher for the pre-flight: its description, and a Network of shapes."""
-    if config.teacher.dir:
-        directory = _teacher_directory(config)
-        return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
-    check_batch_size(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
-    Plan.of(config.teacher.recipe, config, len(dataset.train.labels), where="teacher.recipe")
-    return content["teacher"], network_shapes(content["teacher"], dataset)
-
-
-def obtain_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
-) -> Teacher:
-    """The teacher that the config names, loaded or trained, once it has passed the gate.
-
-    Raises:
-      RunError: it did not pass, or does not exist.
-    """
-    if config.teacher.dir:
-        origin, seconds = _teacher_directory(config), 0.0
-        network, name = load_network(origin), on_main(lambda: read_card(origin)["model"])
-    else:
-        origin, name = workdir / "teacher", config.teacher.model
-        with sole_use(origin):
-            network, seconds = trained_teacher(config, content, dataset, data, origin, mesh, stop)
-    accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
-    say(f"teacher {name} ({origin}): accuracy {accuracy:.2%} on {judged_on(dataset)}")
-    # That on training images is no measure of a teacher, and is not recorded as one.
-    return Teacher(network, name, accuracy if dataset.validation is not None else None, seconds)
-
-
-def _teacher_directory(config: Config) -> Path:
-    return Path(config.teacher.dir).expanduser()
-
-
-def trained_teacher(
-    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
-) -> tuple[Network, float]:
-    """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
-
-    Args:
-      config: the whole experiment's.
-      content: the same, frozen.
-      dataset: what it learns.
-      data: its images.
-      workdir: the teacher's own workdir.
-      mesh: the devices to train on.
-      stop: checked after every dispatch.
-
-    Returns:
-      The teacher and the seconds that its training took.
-
-    Raises:
-      RunError: the workdir holds a teacher of another config.
-    """
-    spec = content["teacher"]
-    content = {
-        "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy", "cache")},
-        **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
-    }
-    card = on_main(lambda: finished_result(workdir, TEACHER_RESULT, content))
-    reason = None if card is None else on_main(lambda: network_fault(workdir))
-    if reason is not None:
-        say(f"the teacher in {workdir} is damaged ({reason}); it is made again from its last checkpoint")
-    elif card is not None:
-        return load_network(workdir), card["timing"]["train_seconds"]
-    on_main(lambda: claim_workdir(workdir, content))
-    origin, recipe = provenance(), config.teacher.recipe
-    plan = planned(recipe, config, dataset, workdir, where="teacher.recipe")
-    say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
-    fitted = fit(
-        config,
-        recipe,
-        plan,
-        label="teacher",
-        workdir=workdir,
-        network=network_from(spec, dataset, seed=config.teacher.seed),
-        objective=student_alone(label_smoothing=recipe.label_smoothing),
-        teacher=None,
-        data=data,
-        seed=config.teacher.seed,
-        mesh=mesh,
-        stop=stop,
-    )
-    save_network(workdir, fitted.selected, network_card(spec, dataset))
-    card = {
-        "dataset": dataset.name,
-        "model": spec["model"],
-        "seed": config.teacher.seed,
-        "steps": plan.steps,
-        "validation_accuracy": fitted.best_accuracy,
-        "selected_step": fitted.best_step or plan.steps,
-        "config": content,
-        **origin,
-        "timing": {
-            "train_seconds": round(fitted.seconds, 3),
-            "images_per_second": round(fitted.images_per_second, 1),
-        },
-    }
-    on_main(lambda: write_json(workdir / TEACHER_RESULT, card))
-    # Read from disk the first time too, so that a run and its continuation get the same arrays in the same way.
-    return load_network(workdir), card["timing"]["train_seconds"]

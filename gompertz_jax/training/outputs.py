@@ -25,8 +25,8 @@ from .config import Config, differing_keys
 from .errors import RunError
 from .feed import Images
 from .files import read_json, set_aside, write_json, writing
+from .networks import fingerprint
 from .sharding import on_main, replicate, say
-from .teacher import fingerprint
 
 OUTPUTS, CARD = "outputs", "card.json"
 _BATCH = 500  # images per forward pass

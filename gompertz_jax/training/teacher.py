@@ -1,125 +1,147 @@
-"""Trained networks on disk, and the gate that a teacher passes before the first step."""
+"""The teacher of a run: loaded or trained, and the gate that it passes before the first step."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from .. import models
-from ..data_parallel import COPIED
-from ..intact import fault
-from ..models import ARRAYS, CARD
+from ..models import CARD
 from ..network import Network
+from ..objective import student_alone
 from ..step import make_eval_step
-from .checkpoint import save_arrays
+from .config import Config
 from .data import Dataset, Split
+from .drive import Plan, make_plan
 from .errors import RunError
+from .feed import Images
 from .files import write_json
-from .sharding import data_mesh, on_main, replicate
+from .fit import fit
+from .networks import load_network, network_card, network_fault, network_from, network_shapes, read_card, save_network
+from .sharding import check_batch_size, on_main, replicate, say
+from .stop import Stop
+from .workdir import TEACHER_RESULT, claim_workdir, finished_result, provenance, sole_use
 
 GATE_IMAGES = 5000
 OTHER_NORMALISATION = 0.05  # a teacher that gains this much with the data's normalisation has a wrong one
 
 
-def network_from(spec: Mapping[str, Any], dataset: Dataset, *, seed: int) -> Network:
-    """A fresh network as `config.student` or `config.teacher` describes it, for this data set.
+class Teacher(NamedTuple):
+    """A network that passed the gate, and where it came from."""
+
+    network: Network
+    name: str
+    validation_accuracy: float | None
+    seconds: float
+
+
+def teacher_shapes(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, devices: int
+) -> tuple[dict[str, Any], Network]:
+    """The teacher for the pre-flight: its description, and a Network of shapes."""
+    if config.teacher.dir:
+        directory = teacher_directory(config)
+        return on_main(lambda: read_card(directory)), load_network(directory, abstract=True)
+    check_batch_size(config.teacher.recipe.batch_size, devices, "teacher.recipe.batch_size")
+    Plan.of(config.teacher.recipe, config, len(dataset.train.labels), where="teacher.recipe")
+    return content["teacher"], network_shapes(content["teacher"], dataset)
+
+
+def obtain_teacher(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
+) -> Teacher:
+    """The teacher that the config names, loaded or trained, once it has passed the gate.
 
     Raises:
-      RunError: the model refuses its options.
+      RunError: it did not pass, or does not exist.
     """
-    try:
-        return models.create(
-            spec["model"],
-            num_classes=dataset.num_classes,
-            key=jax.random.key(seed),
-            dtype=jnp.dtype(spec["dtype"]),
-            in_channels=dataset.train.images.shape[-1],
-            mean=dataset.mean,
-            std=dataset.std,
-            **spec["options"],
-        )
-    except Exception as error:  # whatever an option leads to
-        raise RunError(f"model {spec['model']!r} with options {dict(spec['options'])}: {error}") from error
+    if config.teacher.dir:
+        origin, seconds = teacher_directory(config), 0.0
+        network, name = load_network(origin), on_main(lambda: read_card(origin)["model"])
+    else:
+        origin, name = workdir / "teacher", config.teacher.model
+        with sole_use(origin):
+            network, seconds = train_teacher(config, content, dataset, data, origin, mesh, stop)
+    accuracy = gate(network, dataset, floor=config.teacher.min_accuracy, origin=str(origin), mesh=mesh)
+    say(f"teacher {name} ({origin}): accuracy {accuracy:.2%} on {judged_on(dataset)}")
+    # That on training images is no measure of a teacher, and is not recorded as one.
+    return Teacher(network, name, accuracy if dataset.validation is not None else None, seconds)
 
 
-def network_shapes(spec: Mapping[str, Any], dataset: Dataset) -> Network:
-    """The same network as shapes, with its normalisation, for a pre-flight: nothing is drawn or compiled."""
-    shapes = jax.eval_shape(lambda: network_from(spec, dataset, seed=0))
-    return shapes.replace(mean=np.asarray(dataset.mean), std=np.asarray(dataset.std))
+def teacher_directory(config: Config) -> Path:
+    """Where a teacher that is not trained here is."""
+    return Path(config.teacher.dir).expanduser()
 
 
-def network_card(spec: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """The description of a network made by `network_from`; `gompertz_jax.models.from_card` rebuilds it from this."""
-    return {
-        "model": spec["model"],
-        "options": dict(spec["options"]),
-        "dtype": spec["dtype"],
-        "num_classes": dataset.num_classes,
-        "in_channels": dataset.train.images.shape[-1],
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "dataset": dataset.name,
-    }
-
-
-def save_network(directory: Path, network: Network, card: Mapping[str, Any]) -> None:
-    """Save a network under `directory`: its arrays, then the card from which `load_network` rebuilds it."""
-    save_arrays(directory / ARRAYS, {"params": network.params, "stats": network.stats})
-    on_main(lambda: write_json(directory / CARD, card))
-
-
-def read_card(directory: Path) -> dict[str, Any]:
-    """The description of a saved network.
-
-    Raises:
-      RunError: the directory holds no finished network.
-    """
-    try:
-        return models.read_card(directory)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-
-
-def network_fault(directory: Path) -> str | None:
-    """What is wrong with a network that was saved in a directory; None if it is intact."""
-    try:
-        read_card(directory)
-    except RunError as error:
-        return str(error)
-    return fault(directory / ARRAYS)
-
-
-def load_network(directory: Path, *, abstract: bool = False) -> Network:
-    """The network that `save_network` saved.
+def train_teacher(
+    config: Config, content: Mapping[str, Any], dataset: Dataset, data: Images, workdir: Path, mesh: Mesh, stop: Stop
+) -> tuple[Network, float]:
+    """Train the teacher that `config.teacher` describes with this same program, or take the one trained before.
 
     Args:
-      directory: a finished run's workdir, or its `teacher` folder.
-      abstract: give shapes instead of arrays, and read the card only.
+      config: the whole experiment's.
+      content: the same, frozen.
+      dataset: what it learns.
+      data: its images.
+      workdir: the teacher's own workdir.
+      mesh: the devices to train on.
+      stop: checked after every dispatch.
 
     Returns:
-      A Network with its own normalisation.
+      The teacher and the seconds that its training took.
 
     Raises:
-      RunError: no network is there, or it does not fit its card, or it cannot be read.
+      RunError: the workdir holds a teacher of another config.
     """
-    on_main(lambda: read_card(directory))  # no process looks before the first one has found a whole network
-    try:
-        return models.load(directory, abstract=abstract, sharding=NamedSharding(data_mesh(), COPIED))
-    except ValueError as error:
-        raise RunError(str(error)) from error
-
-
-def fingerprint(network: Network) -> str:
-    """SHA-256 of a network's arrays: which teacher a student has been learning from."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(network):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+    spec = content["teacher"]
+    content = {
+        "teacher": {key: value for key, value in spec.items() if key not in ("dir", "min_accuracy", "cache")},
+        **{key: content[key] for key in ("data", "augment", "steps_per_dispatch", "evaluate_every_epochs")},
+    }
+    card = on_main(lambda: finished_result(workdir, TEACHER_RESULT, content))
+    reason = None if card is None else on_main(lambda: network_fault(workdir))
+    if reason is not None:
+        say(f"the teacher in {workdir} is damaged ({reason}); it is made again from its last checkpoint")
+    elif card is not None:
+        return load_network(workdir), card["timing"]["train_seconds"]
+    on_main(lambda: claim_workdir(workdir, content))
+    origin, recipe = provenance(), config.teacher.recipe
+    plan = make_plan(recipe, config, dataset, workdir, where="teacher.recipe")
+    say(f"training the teacher {spec['model']}: {plan.steps:,} steps of {recipe.batch_size} images")
+    fitted = fit(
+        config,
+        recipe,
+        plan,
+        label="teacher",
+        workdir=workdir,
+        network=network_from(spec, dataset, seed=config.teacher.seed),
+        objective=student_alone(label_smoothing=recipe.label_smoothing),
+        teacher=None,
+        data=data,
+        seed=config.teacher.seed,
+        mesh=mesh,
+        stop=stop,
+    )
+    save_network(workdir, fitted.selected, network_card(spec, dataset))
+    card = {
+        "dataset": dataset.name,
+        "model": spec["model"],
+        "seed": config.teacher.seed,
+        "steps": plan.steps,
+        "validation_accuracy": fitted.best_accuracy,
+        "selected_step": fitted.best_step or plan.steps,
+        "config": content,
+        **origin,
+        "timing": {
+            "train_seconds": round(fitted.seconds, 3),
+            "images_per_second": round(fitted.images_per_second, 1),
+        },
+    }
+    on_main(lambda: write_json(workdir / TEACHER_RESULT, card))
+    # Read from disk the first time too, so that a run and its continuation get the same arrays in the same way.
+    return load_network(workdir), card["timing"]["train_seconds"]
 
 
 def gate(teacher: Network, dataset: Dataset, *, floor: float, origin: str, mesh: Mesh) -> float:

@@ -101,7 +101,7 @@ def begun_with(workdir: Path, key: str) -> Any:
 def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
     """What differs, or at an earlier start differed, from the first start in how a run is evaluated.
 
-    Results record it, so it is kept in the workdir.
+    Results record it, so it is kept in the workdir; and the user is told.
     """
     keys = ("evaluate_every_epochs", "teacher")
     both = (with_defaults(config) for config in (read_json(workdir / CONFIG), content))
@@ -110,6 +110,8 @@ def evaluation_changes(workdir: Path, content: Mapping[str, Any]) -> list[str]:
     changes = list(dict.fromkeys([*earlier, *differing_keys(old, new, without=())]))
     if changes != earlier:
         write_json(workdir / CHANGES, {"changes": changes})
+    if changes:
+        say(f"evaluated otherwise than at its first start: {'; '.join(changes)}")
     return changes
 
 
