@@ -42,7 +42,7 @@ from .training.errors import RunError
 from .training.feed import Feed, Images
 from .training.fit import Best, make_snapshot, projections_key, teacher_outputs
 from .training.loop import (
-    described,
+    describe_run,
     order_seed,
     student_seed,
 )
@@ -228,13 +228,13 @@ def train_all(cohort: Cohort, workdir: Path, stop: Stop) -> Trained:
     plan = make_plan(config.recipe, config, dataset, workdir)
     objectives = {name: build_objective(of_arm, plan.steps) for name, of_arm in cohort.arms.items()}
     distils = any(term.distils for objective in objectives.values() for term in objective.terms)
-    shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
+    shapes = teacher_shapes(config, content, dataset, mesh.size) if distils else None
     groups = grouped(list(objectives.values()))
     check_differ(objectives, groups, plan.steps)
     first, last = cohort.seeds[0], cohort.seeds[-1]
     seeds = f"seeds {first} to {last}" if first < last else f"seed {first}"
     texts = [
-        described(
+        describe_run(
             config,
             content,
             dataset,

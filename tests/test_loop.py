@@ -247,7 +247,7 @@ def test_the_teacher_is_its_best_network_and_a_student_may_begin_as_a_whole_one(
     images = feed.Images.of(dataset, config.data, data_mesh())
     arguments = dataset, images, tmp_path, data_mesh(), Stop()
     trained, _ = teacher.train_teacher(config, frozen(config), *arguments)
-    begun = loop.begun_from(tmp_path, last)
+    begun = loop.init_from(tmp_path, last)
     for network in (trained, begun):
         jax.tree.map(np.testing.assert_array_equal, (network.params, network.stats), (best.params, best.stats))
     card = json.loads((tmp_path / "teacher.json").read_text())

@@ -41,8 +41,8 @@ def describe(data, *, student="resnet8", teacher="resnet8", devices=1, views=0, 
     objective = build_objective(config, 100)
     return preflight.describe(
         data,
-        student=("student", config.student.to_dict(), network(student, data)),
-        teacher=("teacher", config.teacher.to_dict(), network(teacher, data)),
+        student=(config.student.to_dict(), network(student, data)),
+        teacher=(config.teacher.to_dict(), network(teacher, data)),
         objective=objective,
         rate=optax.piecewise_constant_schedule(0.05, {60: 0.1}),
         batch_size=64,

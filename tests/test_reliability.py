@@ -139,7 +139,7 @@ def test_a_new_run_begins_with_the_weights_of_a_finished_one(whole, tmp_path, mo
     networks = [load_network(directory) for directory in (whole, tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, networks[0].params, networks[1].params)
     with pytest.raises(RunError, match=r"init_from = '.*teacher': its network has \("):
-        loop.begun_from(whole / "teacher", networks[0])
+        loop.init_from(whole / "teacher", networks[0])
     monkeypatch.setattr(loop, "of_config", None)  # what follows is said before the data are read
     for other, message in (
         ({"init_from": "nowhere"}, "init_from = 'nowhere': directory nowhere holds no trained network"),

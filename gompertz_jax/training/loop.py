@@ -81,7 +81,7 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
     if config.teacher.dir:
         on_main(lambda: read_card(teacher_directory(config)))
     if config.init_from:
-        on_main(lambda: check_beginning(config))
+        on_main(lambda: check_init_from(config))
     content = frozen(config)
     already = on_main(lambda: finished_result(workdir, RESULT, content))
     if already is not None:
@@ -95,13 +95,13 @@ def _train_and_evaluate(config: Config, workdir: Path, stop: Stop) -> dict[str, 
         return _run(config, content, workdir, origin, stop)
 
 
-def described(
+def describe_run(
     config: Config,
     content: dict[str, Any],
     dataset: Dataset,
     plan: Plan,
     objective: Objective,
-    teacher: preflight.Role | None,
+    teacher: preflight.Described | None,
     mesh: Mesh,
     *,
     label: str,
@@ -119,7 +119,7 @@ def described(
         )
     return preflight.describe(
         dataset,
-        student=("student", content["student"], network_shapes(content["student"], dataset)),
+        student=(content["student"], network_shapes(content["student"], dataset)),
         teacher=teacher,
         objective=objective,
         rate=learning_rate(config.recipe, steps_per_epoch=plan.steps_per_epoch),
@@ -145,12 +145,12 @@ def _run(
     plan = make_plan(config.recipe, config, dataset, workdir)
     objective = build_objective(config, plan.steps)
     distils = any(term.distils for term in objective.terms)
-    shapes = ("teacher", *teacher_shapes(config, content, dataset, mesh.size)) if distils else None
-    say(described(config, content, dataset, plan, objective, shapes, mesh, label=f"{workdir}, seed {config.seed}"))
+    shapes = teacher_shapes(config, content, dataset, mesh.size) if distils else None
+    say(describe_run(config, content, dataset, plan, objective, shapes, mesh, label=f"{workdir}, seed {config.seed}"))
     keep_compiled(config.compilation_cache)
     student = network_from(content["student"], dataset, seed=student_seed(config.seed))
     if config.init_from:
-        student = begun_from(Path(config.init_from).expanduser(), student)
+        student = init_from(Path(config.init_from).expanduser(), student)
     on_main(lambda: claim_workdir(workdir, content, dataset.sha256))
     changes = on_main(lambda: evaluation_changes(workdir, content))
     data = Images.of(dataset, config.data, mesh)
@@ -200,7 +200,7 @@ def _run(
     return result
 
 
-def check_beginning(config: Config) -> None:
+def check_init_from(config: Config) -> None:
     """Refuse an `init_from` without a network, or with one of another model than the student's."""
     try:
         model = read_card(Path(config.init_from).expanduser())["model"]
@@ -213,7 +213,7 @@ def check_beginning(config: Config) -> None:
         )
 
 
-def begun_from(directory: Path, student: Network) -> Network:
+def init_from(directory: Path, student: Network) -> Network:
     """The student with the weights of a network that was trained before; its normalisation stays this data set's.
 
     Raises:

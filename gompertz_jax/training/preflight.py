@@ -195,14 +195,14 @@ def count_parameters(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-Role = tuple[str, Mapping[str, Any], Network]  # "teacher" or "student", its description, its arrays or shapes
+Described = tuple[Mapping[str, Any], Network]  # a network's description, and its arrays or shapes
 
 
 def describe(
     dataset: Dataset,
     *,
-    student: Role,
-    teacher: Role | None,
+    student: Described,
+    teacher: Described | None,
     objective: Objective,
     rate: Schedule,
     batch_size: int,
@@ -248,12 +248,12 @@ def describe(
         ),
     ]
     shapes = {}
-    for role in (teacher, student):
-        if role is not None:
-            name, spec, network = role
-            shapes[name] = check_network(name, network, dataset, batch_size=batch_size)
+    for role, described in (("teacher", teacher), ("student", student)):
+        if described is not None:
+            spec, network = described
+            shapes[role] = check_network(role, network, dataset, batch_size=batch_size)
             parameters = f"{spec['model']}, {count_parameters(network.params):,} parameters"
-            rows.append((name, f"{parameters}, {stages(shapes[name])}, {spec['dtype']}"))
+            rows.append((role, f"{parameters}, {stages(shapes[role])}, {spec['dtype']}"))
     ours, theirs = shapes["student"], shapes.get("teacher")
     projections = {}
     if theirs is not None:
@@ -293,7 +293,7 @@ def describe(
     rows.append(("steps", taken))
     rates = zip(at_quarters(sampled(rate, steps)), QUARTERS, strict=True)
     rows.append(("rate", ", ".join(f"{value:.3g} at {quarter:.0%}".replace("%", " %") for value, quarter in rates)))
-    memory = stored + _memory(student[2], teacher[2] if teacher else None, projections, dataset, each)
+    memory = stored + _memory(student[1], teacher[1] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
     above = ["", *(name for name, _ in rows)]
