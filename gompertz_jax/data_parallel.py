@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 AXIS = "data"
-SPREAD, COPIED = PartitionSpec(AXIS), PartitionSpec()
+SHARDED, REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 
 
 def check_mesh(mesh: Mesh | None) -> None:
@@ -30,8 +30,8 @@ def check_mesh(mesh: Mesh | None) -> None:
         raise ValueError(f"mesh must be made with axis_types=(jax.sharding.AxisType.Auto,), got {mesh.axis_types}")
 
 
-def spread_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, Array]:
-    """Declare that a batch's leading axis is spread over the devices.
+def shard_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, Array]:
+    """Declare that a batch's leading axis is sharded over the devices.
 
     Raises:
       ValueError: an entry of the batch has no leading axis, or one that does not divide by the number of devices.
@@ -46,7 +46,7 @@ def spread_batch(batch: Mapping[str, Array], mesh: Mesh | None) -> Mapping[str, 
                 f"a batch of {values.shape[0]} ({name}) does not divide by {mesh.size} devices: "
                 f"take a multiple of {mesh.size}, or fewer devices"
             )
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, SPREAD))
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, SHARDED))
 
 
 def per_image(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -55,12 +55,12 @@ def per_image(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[...,
     The partitioner would gather the whole batch for a loop over its images, or synchronise the devices in every
     iteration to check whether all of them are done.
     """
-    return _mapped(mesh, SPREAD)
+    return _mapped(mesh, SHARDED)
 
 
 def whole_batch(mesh: Mesh | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A wrapper that runs a function on the gathered batch, the same on every device; see `Record.whole_batch`."""
-    return _mapped(mesh, COPIED)
+    return _mapped(mesh, REPLICATED)
 
 
 def each_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -77,7 +77,9 @@ def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., A
         def run(*arrays: Array, **scalars: Any) -> Any:
             traced = {name: value for name, value in scalars.items() if isinstance(value, jax.Array)}
             fixed = {name: value for name, value in scalars.items() if name not in traced}
-            alone = each_device(lambda arrays, traced: function(*arrays, **traced, **fixed), mesh, (spec, COPIED), spec)
+            alone = each_device(
+                lambda arrays, traced: function(*arrays, **traced, **fixed), mesh, (spec, REPLICATED), spec
+            )
             return alone(arrays, traced)
 
         return run
@@ -85,6 +87,6 @@ def _mapped(mesh: Mesh | None, spec: PartitionSpec) -> Callable[[Callable[..., A
     return mapped
 
 
-def copied(mesh: Mesh | None) -> NamedSharding | None:
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
     """The sharding of what every device has; None where there is one device."""
-    return None if mesh is None else NamedSharding(mesh, COPIED)
+    return None if mesh is None else NamedSharding(mesh, REPLICATED)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ._checks import checked, compiled, finite_number, fraction_from_zero, positive_count, shown
-from .data_parallel import check_mesh, copied, per_image, spread_batch, whole_batch
+from .data_parallel import check_mesh, per_image, replicated, shard_batch, whole_batch
 from .losses.logits import cross_entropy
 from .network import Network, Outputs, PyTree
 from .objective import Objective, Term, check_objective, evaluate
@@ -470,7 +470,7 @@ def make_train_step(
 
     def one_step(state: TrainState, teacher: Network | None, data: Any) -> tuple[TrainState, Metrics]:
         batch = batch_of(data, state.step)
-        batch, key = spread_batch(check_batch(batch), mesh), step_key(seed, state.step)
+        batch, key = shard_batch(check_batch(batch), mesh), step_key(seed, state.step)
         return learn(state, lambda terms: run_teacher(teacher, batch, terms, key), batch, key)
 
     # One step goes through `scan` too: a second form of the program would round differently.
@@ -478,7 +478,7 @@ def make_train_step(
         check_state(state)
         return jax.lax.scan(lambda state, _: one_step(state, teacher, data), state, length=steps_per_dispatch)
 
-    return compiled(dispatch, donate_argnums=0, out_shardings=copied(mesh))
+    return compiled(dispatch, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 @checked
@@ -505,7 +505,7 @@ def make_gradient_report(
 
     def report(state: TrainState, teacher: Network | None, batch: Batch) -> Metrics:
         check_state(state)
-        batch, key = spread_batch(check_batch(batch), mesh), step_key(seed, state.step)
+        batch, key = shard_batch(check_batch(batch), mesh), step_key(seed, state.step)
 
         def terms(params: PyTree) -> tuple[Array, _Aux]:
             trainable = {"student": params, "projections": state.projections}
@@ -517,7 +517,7 @@ def make_gradient_report(
         _, pull_back, _ = jax.vjp(terms, state.params, has_aux=True)
         return _term_gradients(objective.terms, lambda row: pull_back(row)[0], objective.terms[0])
 
-    return compiled(report, out_shardings=copied(mesh))
+    return compiled(report, out_shardings=replicated(mesh))
 
 
 def check_seed(seed: int) -> None:
@@ -620,9 +620,9 @@ def make_eval_step(
 
         def one_batch(start: Array) -> tuple[Array, Array]:
             image, label = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (images, labels))
-            spread = spread_batch({"image": image, "label": label}, mesh)
-            logits = network.forward(as_unit_interval(spread["image"]), train=False, frozen=True)[0].logits
-            return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, spread["label"])
+            sharded = shard_batch({"image": image, "label": label}, mesh)
+            logits = network.forward(as_unit_interval(sharded["image"]), train=False, frozen=True)[0].logits
+            return logits.argmax(-1).astype(jnp.int32), cross_entropy(logits, sharded["label"])
 
         # The last batch ends where the split does and overlaps the one before: padding it would take a copy of the
         # whole split.
@@ -632,7 +632,7 @@ def make_eval_step(
         classes, losses = (jnp.concatenate([rows[:-1].reshape(-1), rows[-1, repeated:]])[:count] for rows in found)
         return Predictions(classes, losses.mean())
 
-    return compiled(evaluate_split, out_shardings=copied(mesh))
+    return compiled(evaluate_split, out_shardings=replicated(mesh))
 
 
 def as_unit_interval(images: Array) -> Float[Array, "..."]:

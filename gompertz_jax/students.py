@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from ._checks import checked, positive_count
-from .data_parallel import AXIS, COPIED, SPREAD, check_mesh, copied, each_device, spread_batch
+from .data_parallel import AXIS, REPLICATED, SHARDED, check_mesh, each_device, replicated, shard_batch
 from .network import Network, PyTree
 from .objective import Objective, Term, check_objective
 from .record import TeacherRecord
@@ -258,7 +258,7 @@ def make_comparison_step(
         students: Students, arms: Sequence[Array], teacher: Network | None, data: Any
     ) -> tuple[Students, tuple[Metrics, ...]]:
         batch = batch_of(data, students.step)
-        batch, key = spread_batch(check_batch(batch), dividing), step_key(seed, students.step)
+        batch, key = shard_batch(check_batch(batch), dividing), step_key(seed, students.step)
         teacher_records = run_teacher_once(teacher, batch, groups, key, students.step)
 
         def one(
@@ -287,7 +287,7 @@ def make_comparison_step(
         arms = tuple(arms_of(group, states) for group, states in zip(groups, students.groups, strict=True))
         return (steps if apart is None else _divided(steps, apart))(students, arms, teacher, data)
 
-    return jax.jit(dispatch, donate_argnums=0, out_shardings=copied(mesh))
+    return jax.jit(dispatch, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 Steps = Callable[[Students, Sequence[Array], Network | None, Any], tuple[Students, tuple[Metrics, ...]]]
@@ -296,10 +296,10 @@ Steps = Callable[[Students, Sequence[Array], Network | None, Any], tuple[Student
 
 def _divided(steps: Steps, mesh: Mesh) -> Steps:
     """The same steps, with each group's students divided among the devices and everything else copied to all."""
-    spread: Any = (COPIED, SPREAD)
-    students_apart = Students(*spread)
+    specs: Any = (REPLICATED, SHARDED)
+    students_apart = Students(*specs)
     of_device = each_device(
-        steps, mesh, (students_apart, SPREAD, COPIED, COPIED), (students_apart, PartitionSpec(None, AXIS))
+        steps, mesh, (students_apart, SHARDED, REPLICATED, REPLICATED), (students_apart, PartitionSpec(None, AXIS))
     )
 
     def of_all(

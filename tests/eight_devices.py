@@ -16,7 +16,7 @@ from test_students import objectives as arms
 import gompertz_jax as gj
 from gompertz_jax import compare, models, terms
 from gompertz_jax.arms import arm
-from gompertz_jax.data_parallel import SPREAD, per_image
+from gompertz_jax.data_parallel import SHARDED, per_image
 from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.projections import Embedding, Regressor
 from gompertz_jax.step import TELEMETRY
@@ -142,7 +142,7 @@ def transport(mesh):
         record = gj.Record(jnp.zeros(BATCH, jnp.int32), outputs, outputs, **maps, per_image=per_image(mesh))
         return terms.wasserstein(record)[0].mean()
 
-    shape = jax.ShapeDtypeStruct((BATCH, 2, 2, 8), jnp.float32, sharding=jax.NamedSharding(mesh, SPREAD))
+    shape = jax.ShapeDtypeStruct((BATCH, 2, 2, 8), jnp.float32, sharding=jax.NamedSharding(mesh, SHARDED))
     return jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile().as_text()
 
 
@@ -152,7 +152,7 @@ def meeting(mesh):
     def shrink(x):
         return jax.lax.while_loop(lambda x: (x > 1e-3).any(), lambda x: x * 0.5, x)
 
-    shape = jax.ShapeDtypeStruct((BATCH, 4), jnp.float32, sharding=jax.NamedSharding(mesh, SPREAD))
+    shape = jax.ShapeDtypeStruct((BATCH, 4), jnp.float32, sharding=jax.NamedSharding(mesh, SHARDED))
     return jax.jit(shrink).lower(shape).compile().as_text()
 
 

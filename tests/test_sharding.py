@@ -16,7 +16,7 @@ import pytest
 from eight_devices import CASES, MEASURED, comparison
 from helpers import ROOT, config_source, small_config, tiny_config, until
 
-from gompertz_jax.data_parallel import spread_batch
+from gompertz_jax.data_parallel import shard_batch
 from gompertz_jax.step import TELEMETRY
 from gompertz_jax.training import loop, sharding
 from gompertz_jax.training.errors import RunError
@@ -204,7 +204,7 @@ def test_an_entry_of_a_batch_without_rows_is_told():
     mesh = jax.sharding.Mesh(np.array([jax.devices()[0]] * 8), ("data",))  # refused before the devices matter
     batch = {"image": jnp.zeros((8, 2, 2, 1)), "temperature": jnp.float32(4.0)}
     with pytest.raises(ValueError, match=r"temperature of a batch must have one row per image .*, got a scalar"):
-        spread_batch(batch, mesh)
+        shard_batch(batch, mesh)
 
 
 @pytest.mark.parametrize("key", ["recipe.batch_size", "teacher.recipe.batch_size"])

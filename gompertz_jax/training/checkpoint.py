@@ -16,7 +16,7 @@ import jax
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1
 
-from ..data_parallel import COPIED
+from ..data_parallel import REPLICATED
 from ..intact import SUMS, fault, sealed
 from ..network import PyTree
 from .errors import RunError, first_line
@@ -271,7 +271,7 @@ def load_arrays(directory: Path, template: PyTree) -> PyTree:
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    everywhere = NamedSharding(data_mesh(), COPIED)
+    everywhere = NamedSharding(data_mesh(), REPLICATED)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or everywhere

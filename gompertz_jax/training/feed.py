@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..data_parallel import AXIS, COPIED
+from ..data_parallel import AXIS, REPLICATED
 from .augment import batch_indices, make_batch
 from .config import Config
 from .data import Dataset, Split
@@ -126,7 +126,7 @@ class Feed:
         outputs: Mapping[str, jax.Array] | None = None,
     ):
         self._data, self._outputs = data, outputs or {}
-        self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS) if divided else COPIED)
+        self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS) if divided else REPLICATED)
         self._steps = steps_per_dispatch
         self._gathered: dict[int, Future[Labelled]] = {}
         self._thread = ThreadPoolExecutor(1, "gather")

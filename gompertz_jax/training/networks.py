@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .. import models
-from ..data_parallel import COPIED
+from ..data_parallel import REPLICATED
 from ..intact import fault
 from ..models import ARRAYS, CARD
 from ..network import Network
@@ -105,7 +105,7 @@ def load_network(directory: Path, *, abstract: bool = False) -> Network:
     """
     on_main(lambda: read_card(directory))  # no process looks before the first one has found a whole network
     try:
-        return models.load(directory, abstract=abstract, sharding=NamedSharding(data_mesh(), COPIED))
+        return models.load(directory, abstract=abstract, sharding=NamedSharding(data_mesh(), REPLICATED))
     except ValueError as error:
         raise RunError(str(error)) from error
 

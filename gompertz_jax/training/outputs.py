@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..data_parallel import copied, spread_batch
+from ..data_parallel import replicated, shard_batch
 from ..intact import fault
 from ..network import Network, output_shapes
 from ..students import stacked
@@ -80,7 +80,7 @@ def stored_outputs(
             save_arrays(directory / str(view), replicate(of_view(view), mesh))
     # Read from disk the first time too, so that a run and its continuation get the same arrays in the same way.
     by_view = [load_arrays(directory / str(view), template) for view in range(views)]
-    return jax.jit(stacked, out_shardings=copied(mesh))(by_view)
+    return jax.jit(stacked, out_shardings=replicated(mesh))(by_view)
 
 
 def _prepare(directory: Path, card: Mapping[str, Any]) -> list[int]:
@@ -115,10 +115,10 @@ def asked(
     count, teacher = len(data.labels), replicate(teacher, mesh)
     size = -(-min(_BATCH, count) // mesh.size) * mesh.size
 
-    @partial(jax.jit, out_shardings=copied(mesh))
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def outputs_of(teacher: Network, images: jax.Array, index: jax.Array, view: jax.Array) -> dict[str, jax.Array]:
         seen = augmented_view(images, index, view, seed=seed, padding=augment.padding, flip=augment.flip)
-        outputs = teacher.forward(spread_batch({"image": seen}, mesh)["image"], train=False, frozen=True)[0]
+        outputs = teacher.forward(shard_batch({"image": seen}, mesh)["image"], train=False, frozen=True)[0]
         return {name: getattr(outputs, name).astype(jnp.float32) for name in template}
 
     def of_view(view: int) -> dict[str, np.ndarray]:

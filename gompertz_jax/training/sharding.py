@@ -20,7 +20,7 @@ from jax._src import (
 )  # its client has no public name; what is posted there needs no device and no collective
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ..data_parallel import AXIS, COPIED
+from ..data_parallel import AXIS, REPLICATED
 from ..network import PyTree
 from .errors import RunError, first_line
 
@@ -118,7 +118,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     Returns:
       The same tree of arrays that compiled programs of all processes can share.
     """
-    sharding = NamedSharding(mesh, COPIED)
+    sharding = NamedSharding(mesh, REPLICATED)
 
     def place(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
