@@ -14,7 +14,7 @@ def compute_dtype(*values: Any) -> Any:
         return jnp.promote_types(jnp.result_type(*values), jnp.float32)
 
 
-def raised(*arrays: Any) -> tuple[Array, ...]:
+def upcast(*arrays: Any) -> tuple[Array, ...]:
     """The arrays in one common dtype, at least float32."""
     dtype = compute_dtype(*arrays)
     return tuple(jnp.asarray(array, dtype) for array in arrays)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import Scalar, checked, positive_count, positive_number
-from .._numerics import matmul, raised
+from .._numerics import matmul, upcast
 
 
 @checked
@@ -53,7 +53,7 @@ def gaussian_distance(
 
     `mean_weight` is the weight of the means' part; that of the standard deviations' is 1.
     """
-    x, y = raised(x, jax.lax.stop_gradient(y))
+    x, y = upcast(x, jax.lax.stop_gradient(y))
     means = jnp.mean(x, axis=-2) - jnp.mean(y, axis=-2)
     deviations = _standard_deviation(x) - _standard_deviation(y)
     return jnp.sum(jnp.asarray(mean_weight, x.dtype) * jnp.square(means) + jnp.square(deviations), axis=-1)
@@ -178,7 +178,7 @@ def sliced_wasserstein(
     """
     _check_same_clouds(x, y)
     num_projections = positive_count("num_projections", num_projections)
-    x, y = raised(x, jax.lax.stop_gradient(y))
+    x, y = upcast(x, jax.lax.stop_gradient(y))
     directions = jax.random.normal(key, (num_projections, x.shape[-1]), x.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
     projected_x, projected_y = (jnp.sort(matmul(directions, jnp.swapaxes(cloud, -1, -2)), axis=-1) for cloud in (x, y))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import Scalar, checked, positive_number
-from .._numerics import matmul, raised, unit_vectors
+from .._numerics import matmul, unit_vectors, upcast
 
 Cost = str | Callable[[Array, Array], Array]
 
@@ -51,7 +51,7 @@ def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1
     if class_vectors.ndim not in (2, 3) or 0 in class_vectors.shape:
         raise ValueError(f"class_vectors must have the shape [K, d] or [K, b, d], got {class_vectors.shape}")
     sharpness = positive_number("sharpness", sharpness)
-    (vectors,) = raised(class_vectors)
+    (vectors,) = upcast(class_vectors)
     if vectors.ndim == 3:
         # Linear CKA is the cosine between the Gram matrices of the centred vectors.
         vectors = vectors - jnp.mean(vectors, axis=1, keepdims=True)

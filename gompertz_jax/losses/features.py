@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._checks import Scalar, checked, finite_number, positive_count
-from .._numerics import largest_magnitude, matmul, raised, unit_vectors
+from .._numerics import largest_magnitude, matmul, unit_vectors, upcast
 
 
 @checked
@@ -80,7 +80,7 @@ def attention_map(
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, https://arxiv.org/abs/1612.03928.
     """
     power = finite_number("power", power, legal="a number of at least 1", accept=lambda number: number >= 1.0)
-    (activations,) = raised(feature_map)
+    (activations,) = upcast(feature_map)
     batch, height, width, _ = activations.shape
     # The result does not depend on the scale, so no derivative is lost by holding it constant.
     largest = largest_magnitude(activations, axis=(1, 2, 3))
@@ -160,7 +160,7 @@ def hint_distance(
       The paper itself trains on the hint alone first, on half the summed squared error.
     """
     _check_same_shape(student_map, teacher_map)
-    student, teacher = raised(student_map, jax.lax.stop_gradient(teacher_map))
+    student, teacher = upcast(student_map, jax.lax.stop_gradient(teacher_map))
     return jnp.mean(jnp.square(student - teacher), axis=(1, 2, 3))
 
 
@@ -261,7 +261,7 @@ def variational_information(
             f"student_variance must have one value per channel, shape {student_mean.shape[-1:]}, "
             f"got {student_variance.shape}"
         )
-    mean, variance, teacher = raised(student_mean, student_variance, jax.lax.stop_gradient(teacher_map))
+    mean, variance, teacher = upcast(student_mean, student_variance, jax.lax.stop_gradient(teacher_map))
     variance = variance.reshape(1, 1, 1, -1)
     return 0.5 * jnp.mean(jnp.square(mean - teacher) / variance + jnp.log(variance), axis=(1, 2, 3))
 
@@ -306,7 +306,7 @@ def hierarchical_context(
     """
     _check_same_shape(student_map, teacher_map)
     levels = [positive_count("levels", level) for level in levels]
-    student, teacher = raised(student_map, jax.lax.stop_gradient(teacher_map))
+    student, teacher = upcast(student_map, jax.lax.stop_gradient(teacher_map))
     # Pooling is linear: the difference is pooled once instead of both maps.
     difference = student - teacher
     smaller = [level for level in levels if level < min(difference.shape[1:3])]
@@ -329,7 +329,7 @@ def to_one_size(
             f"student_map and teacher_map must be maps [B, h, w, c] of the same images, "
             f"got {student_map.shape} and {teacher_map.shape}"
         )
-    student, teacher = raised(student_map, teacher_map)
+    student, teacher = upcast(student_map, teacher_map)
     size = tuple(min(sides) for sides in zip(student.shape[1:3], teacher.shape[1:3], strict=True))
     return pool_map(student, size), pool_map(teacher, size)
 
@@ -338,7 +338,7 @@ def resample(
     feature_map: Float[Array, "batch height width channels"], rows: np.ndarray | None, columns: np.ndarray | None
 ) -> Float[Array, "batch _ _ channels"]:
     """Linear combinations of a map's rows, then of its columns, by constant matrices; None leaves them as they are."""
-    (x,) = raised(feature_map)
+    (x,) = upcast(feature_map)
     batch, height, width, channels = x.shape
     if rows is not None:
         x = matmul(jnp.asarray(rows, x.dtype), x.reshape(batch, height, -1)).reshape(batch, -1, width, channels)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._checks import checked, positive_count, shown
-from .._numerics import compute_dtype, cosine_distance, raised
+from .._numerics import compute_dtype, cosine_distance, upcast
 from .logits import check_labels, positions
 
 ScoreFn: TypeAlias = Callable[[Float[Array, "batch height width channels"]], Float[Array, " batch"]]
@@ -55,10 +55,10 @@ def input_gradient(
 
 
 def _score_gradient(name: str, score_fn: ScoreFn, images: Array) -> Array:
-    (images,) = raised(images)
+    (images,) = upcast(images)
 
     def total_score(images: Array) -> Array:
-        (scores,) = _raised(name, score_fn(images))
+        scores = _float_output(name, score_fn(images))
         if scores.shape != images.shape[:1]:
             raise ValueError(
                 f"{name} must return one score per image, shape {images.shape[:1]}, got shape {scores.shape}"
@@ -98,7 +98,7 @@ def pool_gradient(
     batch, height, width, channels = gradient.shape
     if height % size or width % size:
         raise ValueError(f"size must divide the height and the width of the gradient, got {size} for {height}x{width}")
-    (gradient,) = raised(gradient)
+    (gradient,) = upcast(gradient)
     windows = gradient.reshape(batch, height // size, size, width // size, size, channels)
     return jnp.mean(windows, axis=(2, 4))
 
@@ -153,7 +153,7 @@ def gradient_distance(
             f"student_gradient and teacher_gradient must have the same shape [B, ...], "
             f"got {student_gradient.shape} and {teacher_gradient.shape}"
         )
-    student, teacher = raised(student_gradient, jax.lax.stop_gradient(teacher_gradient))
+    student, teacher = upcast(student_gradient, jax.lax.stop_gradient(teacher_gradient))
     batch = student.shape[0]
     student, teacher = student.reshape(batch, -1), teacher.reshape(batch, -1)
     if kind == "l2":
@@ -311,7 +311,7 @@ def cross_entropy_direction(
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, https://arxiv.org/abs/1612.03928, section 3.2.
     """
     label = label_class(logits, labels)
-    (logits,) = raised(logits)
+    (logits,) = upcast(logits)
     others = jax.nn.softmax(logits) * (1.0 - label)
     return others - label * jnp.sum(others, axis=-1, keepdims=True)
 
@@ -515,7 +515,7 @@ def _distance_of_pullbacks(
     kind: str,
 ) -> Array:
     """Distance between the input gradients along `directions(student logits, teacher logits)`, one forward each."""
-    (images,) = raised(images)
+    (images,) = upcast(images)
     student_logits, pull_student = jax.vjp(lambda images: _logits("student_fn", student_fn, images), images)
     teacher_logits, pull_teacher = jax.vjp(lambda images: _logits("teacher_fn", teacher_fn, images), images)
     if student_logits.shape != teacher_logits.shape:
@@ -530,16 +530,16 @@ def _distance_of_pullbacks(
 
 
 def _logits(name: str, logits_fn: LogitsFn, images: Array) -> Array:
-    (logits,) = _raised(name, logits_fn(images))
+    logits = _float_output(name, logits_fn(images))
     if logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         raise ValueError(f"{name} must return logits of the shape ({images.shape[0]}, K), got {logits.shape}")
     return logits
 
 
-def _raised(name: str, returned: Any) -> tuple[Array, ...]:
+def _float_output(name: str, returned: Any) -> Array:
     if not isinstance(returned, jax.Array) or not jnp.issubdtype(returned.dtype, jnp.floating):
         raise TypeError(f"{name} must return an array of floats, got {shown(returned)}")
-    return raised(returned)
+    return upcast(returned)[0]
 
 
 @checked
@@ -587,5 +587,5 @@ def contribution_map(
             f"feature_map and gradient must have the same shape [B, h, w, c], "
             f"got {feature_map.shape} and {gradient.shape}"
         )
-    feature_map, gradient = raised(feature_map, gradient)
+    feature_map, gradient = upcast(feature_map, gradient)
     return jnp.sum(feature_map * gradient, axis=-1)

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import Scalar, checked, finite_number, fraction_from_zero, positive_number, temperature_number
-from .._numerics import cosine_distance, raised
+from .._numerics import cosine_distance, upcast
 
 # Ten terms of the exponential series are exact to float64 below it, and nothing much cancels above.
 _SERIES_BELOW = 0.1
@@ -265,7 +265,7 @@ def standardize_logits(
       weight 0.1 (the authors' commands, mdistiller's default). Their code divides by K - 1 in the variance.
     """
     epsilon = positive_number("epsilon", epsilon)
-    (logits,) = raised(logits)
+    (logits,) = upcast(logits)
     centered = _centered(logits)
     # Divided by its largest element first, so that no square overflows. The result does not depend on this scale, and
     # no derivative is lost by holding it constant.
@@ -312,7 +312,7 @@ def cross_entropy(
     """
     check_labels(labels, logits)
     smoothing = fraction_from_zero("label_smoothing", label_smoothing)
-    (logits,) = raised(logits)
+    (logits,) = upcast(logits)
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, positions(labels, logits.shape[-1]))
     if isinstance(smoothing, float) and smoothing == 0.0:
         return hard
@@ -355,7 +355,7 @@ def target_cross_entropy(
       Lv, Yang and Li, 2024, https://arxiv.org/abs/2412.08139; as in `mdistiller/distillers/WKD.py` of its code.
     """
     check_pair(student_logits, teacher_logits, labels)
-    student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
+    student, teacher = upcast(student_logits, jax.lax.stop_gradient(teacher_logits))
     label = positions(labels, student.shape[-1])[..., None]
     log_probs, probs = (
         jnp.take_along_axis(scores, label, axis=-1)[..., 0]
@@ -378,7 +378,7 @@ def softened(
             f"got {student_logits.shape} and {teacher_logits.shape}"
         )
     temperature = temperature_number("temperature", temperature)
-    student, teacher = raised(student_logits, jax.lax.stop_gradient(teacher_logits))
+    student, teacher = upcast(student_logits, jax.lax.stop_gradient(teacher_logits))
     temperature = jnp.asarray(temperature, student.dtype)
     # No loss here depends on a shift. Compilers fuse the division with the subtraction of the maximum inside the
     # softmax, whose rounding error is large where the logits are large, unless the maximum is already 0.

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import Scalar, checked, positive_count, positive_number
-from .._numerics import matmul, raised, unit_vectors
+from .._numerics import matmul, unit_vectors, upcast
 from .logits import correlation_distance, softened
 
 # Anchors whose differences from the whole batch are held in memory at a time.
@@ -434,7 +434,7 @@ def contrastive_representation(
         raise ValueError(f"labels must be one per image, shape {(batch,)}, got {labels.shape}")
     temperature = positive_number("temperature", temperature)
 
-    student, teacher = raised(student_embeddings, teacher_embeddings)
+    student, teacher = upcast(student_embeddings, teacher_embeddings)
     scores = matmul(unit_vectors(student), unit_vectors(teacher).T) / jnp.asarray(temperature, student.dtype)
     is_negative = labels[:, None] != labels[None, :]
     negatives = jnp.sum(is_negative, axis=-1)
@@ -474,7 +474,7 @@ def _vectors(
             f"student_features and teacher_features must be features [B, ...] of the same images, not empty, "
             f"got {shapes[0]} and {shapes[1]}"
         )
-    student, teacher = raised(student_features, jax.lax.stop_gradient(teacher_features))
+    student, teacher = upcast(student_features, jax.lax.stop_gradient(teacher_features))
     return student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
 
 

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import Scalar, checked, positive_count, positive_number
-from .._numerics import raised
+from .._numerics import upcast
 from ._sinkhorn import Transport, resolvable, solve
 from .costs import Cost, check_cost, pairwise_costs
 from .logits import check_pair
@@ -295,7 +295,7 @@ def _distance(
     if marginal_penalty is not None:
         marginal_penalty = positive_number("marginal_penalty", marginal_penalty)
 
-    x, y = raised(x, y)
+    x, y = upcast(x, y)
     check_cost(cost, x, y)
     constant = partial(_constant, dtype=x.dtype)
     batch = x.shape[:-2]
@@ -532,7 +532,7 @@ def wasserstein_logits(
     threshold = positive_number("threshold", threshold)
     max_iterations = positive_count("max_iterations", max_iterations)
 
-    student, teacher, cost = raised(
+    student, teacher, cost = upcast(
         student_logits, jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(class_cost)
     )
     batch = student.shape[:-1]
