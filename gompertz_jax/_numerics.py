@@ -28,6 +28,13 @@ def matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+def safe_sqrt(x: Array) -> Array:
+    """Square root of numbers that are not negative; its derivative at 0 is exactly 0."""
+    # The derivative of the square root is infinite at 0, and 0 * infinity is NaN also in a branch not taken.
+    is_zero = x <= 0.0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, x)))
+
+
 def unit_vectors(vectors: Array) -> Array:
     """Vectors at unit norm without overflow or underflow; zero stays zero, with a derivative of exactly 0."""
     # A direction does not depend on the scale, so no derivative is lost by holding the scale constant.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import Scalar, checked, positive_count, positive_number
-from .._numerics import matmul, upcast
+from .._numerics import matmul, safe_sqrt, upcast
 
 
 @checked
@@ -55,15 +55,8 @@ def gaussian_distance(
     """
     x, y = upcast(x, jax.lax.stop_gradient(y))
     means = jnp.mean(x, axis=-2) - jnp.mean(y, axis=-2)
-    deviations = _standard_deviation(x) - _standard_deviation(y)
+    deviations = safe_sqrt(jnp.var(x, axis=-2)) - safe_sqrt(jnp.var(y, axis=-2))
     return jnp.sum(jnp.asarray(mean_weight, x.dtype) * jnp.square(means) + jnp.square(deviations), axis=-1)
-
-
-def _standard_deviation(x: Array) -> Array:
-    variance = jnp.var(x, axis=-2)
-    # The derivative of the square root is infinite at 0, and 0 * infinity is NaN also in a branch not taken.
-    is_constant = variance <= 0
-    return jnp.where(is_constant, 0.0, jnp.sqrt(jnp.where(is_constant, 1.0, variance)))
 
 
 @checked

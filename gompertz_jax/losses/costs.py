@@ -67,9 +67,11 @@ def class_distances(class_vectors: Float[Array, "..."], *, sharpness: Scalar = 1
 def pairwise_costs(cost: Cost, x: Array, y: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Costs `[B, n, m]`, and the function that turns a plan into the gradient of its cost with respect to x."""
     if cost == "squared_euclidean":
-        return _squared_distances(
-            x, y
-        ), lambda plan: 2.0 * (jnp.sum(plan, axis=-1, keepdims=True) * x - matmul(plan, y))
+
+        def gradient(plan: Array) -> Array:
+            return 2.0 * (jnp.sum(plan, axis=-1, keepdims=True) * x - matmul(plan, y))
+
+        return _squared_distances(x, y), gradient
     function = _cosine_distances if cost == "cosine" else jax.vmap(cost)  # pyright: ignore[reportArgumentType]
     costs, pull_back = jax.vjp(lambda x: function(x, y).astype(x.dtype), x)
     return costs, lambda plan: pull_back(plan)[0]

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import Scalar, checked, positive_count, positive_number
-from .._numerics import matmul, unit_vectors, upcast
+from .._numerics import matmul, safe_sqrt, unit_vectors, upcast
 from .logits import correlation_distance, softened
 
 # Anchors whose differences from the whole batch are held in memory at a time.
@@ -495,10 +495,7 @@ def _relative_distances(x: Float[Array, "batch width"]) -> Float[Array, "batch b
     """Distances between all vectors over their mean; 0 where all of them coincide."""
 
     def distances_from(anchor: Array) -> Array:
-        squared = jnp.sum(jnp.square(x - anchor[None]), axis=-1)
-        # The derivative of the square root is infinite at 0, and 0 * infinity is NaN also in a branch not taken.
-        is_zero = squared == 0.0
-        return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
+        return safe_sqrt(jnp.sum(jnp.square(x - anchor[None]), axis=-1))
 
     distances = _over_anchors(distances_from, x)
     mean = jnp.sum(distances) / max(len(x) * (len(x) - 1), 1)
