@@ -1,6 +1,6 @@
 """ResNet-20 -> ResNet-8 on CIFAR-10, for two CPU cores or a coffee break on a GPU.
 
-python train.py --config configs/cifar10_small.py [--config.data.data_dir=DIR]
+    python train.py --config configs/cifar10_small.py [--config.data.data_dir=DIR]
 
 The weights of the transport and gradient terms in every config (4 and 0.7) were set here, once, from gradient norms on
 training images around mid-run: cross-entropy 0.85, transport 0.068, gradient matching 0.128 (mean of eight batches of
