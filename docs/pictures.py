@@ -35,8 +35,8 @@ def curve():
         "cosine": gj.cosine_schedule(STEPS),
     }.items():
         controls.plot(steps / STEPS, np.broadcast_to(schedule(steps), steps.shape), label=name)
-    report.finish(shape, "exp(-b exp(-c tau))", "fraction of training, tau", legend=8)
-    report.finish(controls, "controls", "fraction of training, tau", legend=8)
+    report.label_axes(shape, "exp(-b exp(-c tau))", "fraction of training, tau", legend=8)
+    report.label_axes(controls, "controls", "fraction of training, tau", legend=8)
     return figure
 
 

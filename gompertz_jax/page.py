@@ -77,9 +77,9 @@ def _comparison(results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
     comparison = results["comparison"]
     yield f"<p>{html.escape(report.summary_of(results))}</p>"
     yield from _figure("", report.comparison_figure(results))
-    for figure, caption in report.CAPTIONS.items():
-        if comparison[figure]:
-            yield f"<h2>{caption}</h2>" + _table(report.comparison_rows(comparison, figure))
+    for selection, caption in report.CAPTIONS.items():
+        if comparison[selection]:
+            yield f"<h2>{caption}</h2>" + _table(report.comparison_rows(comparison, selection))
     yield "<h2>Arms</h2>" + _table(report.schedule_table(report.schedules_of(results)))
     yield _table([("arm", ""), *((name, arm["about"]) for name, arm in results["arms"].items())])
     if failed := report.failures(results):
@@ -146,16 +146,16 @@ def _telemetry_figure(
     grid = figure.subplots(len(rows), len(names), squeeze=False)
     arms = list(by_arm)
     for arm, term, name in found:
-        look = report.line_of(arms.index(arm)) if arm else {}
+        style = report.arm_style(arms.index(arm)) if arm else {}
         axes = grid[rows.index(term) if arm else 0][names.index(name)]
-        axes.plot(*report.over_seeds(by_arm[arm], f"{term}/{name}"), label=arm or term, linewidth=1, **look)
+        axes.plot(*report.over_seeds(by_arm[arm], f"{term}/{name}"), label=arm or term, linewidth=1, **style)
     for term, panels in zip(rows, grid, strict=True):
         for name, axes in zip(names, panels, strict=True):
             if name in ("gradient_norm", "marginal_error"):
                 axes.set_yscale("log")
             if name == "gradient_cosine":
                 axes.set_ylim(-1.05, 1.05)
-            report.finish(axes, " ".join((term, name.replace("_", " "))).strip(), "step", legend=7)
+            report.label_axes(axes, " ".join((term, name.replace("_", " "))).strip(), "step", legend=7)
     return figure
 
 

@@ -256,5 +256,5 @@ def plot(shown: Preview, path: Path) -> None:
     for name, values in shown.values.items():
         axes.plot(np.linspace(0, 100, len(values)), values, label=name, linestyle="--" if name == "curve" else "-")
     axes.set_ylabel("value")
-    report.finish(axes, "schedules", "% of training", legend=8)
+    report.label_axes(axes, "schedules", "% of training", legend=8)
     report.save(figure, path)

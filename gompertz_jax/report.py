@@ -8,7 +8,7 @@ import numpy as np
 
 from .statistics import holm, paired_difference, summary
 
-FIGURES = {"last": "test_accuracy_last", "best": "test_accuracy_best"}  # of a student, as tables call them
+SELECTIONS = {"last": "test_accuracy_last", "best": "test_accuracy_best"}  # of weights, and the key of their accuracy
 
 
 def result_card(result: Mapping[str, Any], workdir: Path) -> str:
@@ -53,7 +53,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
+def label_axes(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
     """What every panel has: a title, a grid, and a legend of this font size if anything is labelled."""
     axes.set(title=title, xlabel=xlabel)
     axes.grid(alpha=0.25)
@@ -61,7 +61,7 @@ def finish(axes: Any, title: str, xlabel: str, *, legend: int) -> None:
         axes.legend(fontsize=legend)
 
 
-def line_of(number: int) -> dict[str, str]:
+def arm_style(number: int) -> dict[str, str]:
     """Colour and dashes of the arm of this number, different for up to forty arms."""
     return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
 
@@ -90,7 +90,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Any:
             accuracy.plot([line["step"] for line in held_out], [line[key] for line in held_out], label=label)
     terms.set_yscale("symlog", linthresh=1e-2)
     for axes, title in ((weights, "weight of each term"), (terms, "weighted terms"), (accuracy, "accuracy")):
-        finish(axes, title, "step", legend=8)
+        label_axes(axes, title, "step", legend=8)
     return figure
 
 
@@ -100,7 +100,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Any:
 def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     """Every arm's mean and deviation, and its paired difference to the baseline, from a comparison's results.json.
 
-    The p-values of one figure are corrected together (Holm), all arms but the baseline being one family.
+    The p-values of one selection are corrected together (Holm), all arms but the baseline being one family.
 
     Args:
       results: its `arms` are read.
@@ -111,16 +111,16 @@ def compared(results: Mapping[str, Any], baseline: str) -> dict[str, Any]:
       nothing was held out.
     """
     found: dict[str, Any] = {"baseline": baseline}
-    for figure, key in FIGURES.items():
+    for selection, key in SELECTIONS.items():
         values = {name: [student.get(key) for student in arm["students"]] for name, arm in results["arms"].items()}
         if all(value is None for column in values.values() for value in column):
-            found[figure] = {}
+            found[selection] = {}
             continue
         differences = {
             name: paired_difference(column, values[baseline]) for name, column in values.items() if name != baseline
         }
         corrected = dict(zip(differences, holm([difference.p for difference in differences.values()]), strict=True))
-        found[figure] = {
+        found[selection] = {
             name: {
                 **summary([value for value in column if value is not None])._asdict(),
                 **(
@@ -203,10 +203,10 @@ def _probability(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def comparison_rows(comparison: Mapping[str, Any], figure: str) -> list[tuple[str, ...]]:
-    """The table of one figure, with its head: accuracies and differences in percent."""
+def comparison_rows(comparison: Mapping[str, Any], selection: str) -> list[tuple[str, ...]]:
+    """The table of one selection, "last" or "best", with its head: accuracies and differences in percent."""
     rows: list[tuple[str, ...]] = [("arm", "n", "accuracy, %", "difference, points", "95 % interval", "p", "p (Holm)")]
-    for name, numbers in comparison[figure].items():
+    for name, numbers in comparison[selection].items():
         spread = "" if numbers["sd"] is None else f" ± {_percent(numbers['sd'])}"
         cells = (name, str(numbers["n"]), _percent(numbers["mean"]) + spread)
         difference = numbers.get("difference")
@@ -276,9 +276,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     comparison = results["comparison"]
     lines = [f"# {results['teacher'] or 'no teacher'} -> {results['student']} on {results['dataset']}"]
     lines += ["", summary_of(results)]
-    for figure, caption in CAPTIONS.items():
-        if comparison[figure]:
-            lines += ["", f"## {caption}", "", *markdown_table(comparison_rows(comparison, figure))]
+    for selection, caption in CAPTIONS.items():
+        if comparison[selection]:
+            lines += ["", f"## {caption}", "", *markdown_table(comparison_rows(comparison, selection))]
     lines += ["", "## Arms", "", *markdown_table(schedule_table(schedules_of(results)))]
     lines += ["", *(f"- `{name}`: {arm['about']}" for name, arm in results["arms"].items())]
     if results.get("pulls"):  # not in those of older versions
@@ -355,8 +355,8 @@ def validation_figure(by_arm: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     axes = figure.subplots()
     for number, (arm, lines) in enumerate(by_arm.items()):
         held_out = [line for line in lines if line["split"] == "validation"]
-        axes.plot(*over_seeds(held_out, "accuracy"), label=arm, linewidth=1.2, **line_of(number))
-    finish(axes, "validation accuracy, mean over seeds", "step", legend=7)
+        axes.plot(*over_seeds(held_out, "accuracy"), label=arm, linewidth=1.2, **arm_style(number))
+    label_axes(axes, "validation accuracy, mean over seeds", "step", legend=7)
     return figure
 
 
@@ -367,20 +367,20 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
     over_steps, weights, points = figure.subplots(1, 3)
     shown = _most_common_term(results)
     for number, (name, arm) in enumerate(arms.items()):
-        look = line_of(number)
+        style = arm_style(number)
         whole = [student["validation"] for student in arm["students"] if student["failed_at_step"] is None]
         at = _by_step(point for curve in whole for point in curve)
         if at:
             steps = sorted(at)  # at some of which lines may be lost, so that not every student has a value
             found = [summary(at[step]) for step in steps]
             mean, spread = (np.array([getattr(one, name) or 0.0 for one in found]) for name in ("mean", "sd"))
-            over_steps.plot(steps, mean, label=name, linewidth=1.2, **look)
-            over_steps.fill_between(steps, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
+            over_steps.plot(steps, mean, label=name, linewidth=1.2, **style)
+            over_steps.fill_between(steps, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
         if (numbers := arm["schedules"].get(shown)) is not None:
-            weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], label=name, **look)
+            weights.plot(np.linspace(0, 1, len(numbers["curve"])), numbers["curve"], label=name, **style)
         finals = [student.get("test_accuracy_last") for student in arm["students"]]
         finals = [value for value in finals if value is not None]
-        points.plot(finals, [number] * len(finals), "o", color=look["color"], alpha=0.6, markersize=4)
+        points.plot(finals, [number] * len(finals), "o", color=style["color"], alpha=0.6, markersize=4)
         if finals:
             points.plot([np.mean(finals)], [number], "|", color="black", markersize=16)
     points.set_yticks(range(len(arms)), list(arms))
@@ -390,7 +390,7 @@ def comparison_figure(results: Mapping[str, Any]) -> Any:
         (weights, f"weight of the term {shown!r}", "fraction of training"),
         (points, "test accuracy after the last step, every seed", "accuracy"),
     ):
-        finish(axes, title, label, legend=7)
+        label_axes(axes, title, label, legend=7)
     figure.suptitle(
         f"{results['teacher']} -> {results['student']}, {results['dataset']}; baseline {comparison['baseline']}"
     )
