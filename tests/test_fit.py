@@ -309,7 +309,16 @@ def test_of_several_students_one_that_fails_ends_alone_and_the_last_one_ends_the
 
     logging, shown = tiny_config().logging, ProgressBar("x", step=0, total=9, enabled=False)
     with MetricsWriter(tmp_path, step=0) as writer:
-        taking = reader.MetricsReader(lambda metrics: metrics, 96, logging, reader.Clock(), {}, set(), writer, shown)
+        taking = reader.MetricsReader(
+            lambda metrics: metrics,
+            batch_size=96,
+            logging=logging,
+            clock=reader.Clock(),
+            not_converged={},
+            failed=set(),
+            writer=writer,
+            progress=shown,
+        )
         for first in (0, 3):
             taking.take(list(dispatch(first, {"a": 1, "b": -1})))
         taking.drain()

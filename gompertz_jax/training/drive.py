@@ -213,13 +213,13 @@ def drive(
         ):
             reader = MetricsReader(
                 program.students,
-                recipe.batch_size,
-                config.logging,
-                clock,
-                not_converged,
-                failed,
-                writer,
-                progress,
+                batch_size=recipe.batch_size,
+                logging=config.logging,
+                clock=clock,
+                not_converged=not_converged,
+                failed=failed,
+                writer=writer,
+                progress=progress,
             )
 
             def conclude(step: int, found: Snapshot) -> None:
@@ -269,7 +269,7 @@ def drive(
             reader.count_rest()
             if step < plan.steps:
                 say(f"{label}: saved at step {step:,} of {plan.steps:,}")
-    return Driven(state, best, clock, not_converged)
+    return Driven(state, best, clock, reader.not_converged)
 
 
 class _Start(NamedTuple):

@@ -61,6 +61,7 @@ class MetricsReader:
     def __init__(
         self,
         students: Callable[[Any], Iterable[StudentMetrics]],
+        *,
         batch_size: int,
         logging: Config,
         clock: Clock,
