@@ -16,14 +16,14 @@ from test_students import objectives as arms
 import gompertz_jax as gj
 from gompertz_jax import compare, models, terms
 from gompertz_jax.arms import arm
-from gompertz_jax.data_parallel import SHARDED, per_image
+from gompertz_jax.data_parallel import SHARDED, per_image, shard_batch
 from gompertz_jax.models.resnet import BasicBlock, ResNet
 from gompertz_jax.projections import Embedding, Regressor
 from gompertz_jax.step import TELEMETRY
 from gompertz_jax.training import objectives, outputs
 from gompertz_jax.training.augment import augmented_view
 from gompertz_jax.training.data import load
-from gompertz_jax.training.feed import Images
+from gompertz_jax.training.feed import Feed, Images
 from gompertz_jax.training.sharding import data_mesh, replicate
 
 BATCH, STEPS, SHAPE = 16, 3, (8, 8, 3)
@@ -146,6 +146,19 @@ def transport(mesh):
     return jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile().as_text()
 
 
+def batches(mesh):
+    """The compiled batches of a dispatch, each divided among the devices."""
+    config = small_config()
+    data = Images.of(load("digits", validation=100), config.data, mesh)
+    with Feed(data, seed=0, batch_size=BATCH, augment=config.augment, steps_per_dispatch=STEPS, mesh=mesh) as feed:
+        one_after_another = jax.jit(
+            lambda supply: jax.lax.map(
+                lambda step: shard_batch(feed.make_batch(supply, step), mesh)["image"].mean(), jnp.arange(STEPS)
+            )
+        )
+        return one_after_another.lower(feed(0)).compile().as_text()
+
+
 def meeting(mesh):
     """A loop whose devices meet in every iteration, to ask whether all are done: what must not happen."""
 
@@ -200,6 +213,7 @@ def main(directory):
     comparison(directory / "comparison")
     np.savez(directory / "stored.npz", **stored(directory / "outputs", eight))
     (directory / "transport.hlo").write_text(transport(eight))
+    (directory / "batches.hlo").write_text(batches(eight))
     (directory / "meeting.hlo").write_text(meeting(eight))
 
 

@@ -157,6 +157,14 @@ def test_no_device_waits_for_another_within_the_transport(eight):
     assert {COLLECTIVE.search(line)[1] for line in collectives(alone.splitlines())} == {"all-reduce"}
 
 
+def test_no_device_waits_for_another_to_look_up_a_batch(eight):
+    text = (eight / "batches.hlo").read_text()
+    (dispatch,) = loops(text, inner=False)
+    assert collectives(dispatch)  # the mean
+    walks = list(loops(text, inner=True))
+    assert walks and not any(map(collectives, walks))
+
+
 def test_a_device_that_waited_would_be_noticed(eight):
     (within,) = loops((eight / "meeting.hlo").read_text(), inner=False)
     assert collectives(within)

@@ -1,11 +1,15 @@
 """Batches as functions of a seed and a step: which images, and how each is cropped and mirrored, inside the program."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer, PRNGKeyArray, Shaped, UInt8, UInt32
+
+from ..data_parallel import whole_batch
 
 # Over 100,000 keys and nine sizes from 2 to 33, where a pair of positions goes is uniform by chi-square after sixteen
 # rounds and not after twelve (size 5: p = 1e-21). Sixteen still cost microseconds per batch.
@@ -178,6 +182,7 @@ def make_batch(
     flip: bool,
     views: int = 0,
     gathered_from: int | None = None,
+    mesh: Mesh | None = None,
     outputs: Mapping[str, Float[Array, "views set_size _"]] | None = None,
 ) -> dict[str, Array]:
     """The augmented batch of a step: a pure function of the data, the seed and the step.
@@ -196,6 +201,7 @@ def make_batch(
       flip: whether images are mirrored at random.
       views: how many views there are of an image; 0 for a new one in every epoch.
       gathered_from: the size of the training set, if `images` and `labels` are those of this batch alone, in order.
+      mesh: the devices of a program whose batches are divided; each looks up the whole batch's order by itself.
       outputs: a teacher's outputs on every view of every image; needs `views`.
 
     Returns:
@@ -219,7 +225,9 @@ def make_batch(
     if views < 0 or any(values.shape[:2] != (views, size) for values in outputs.values()):
         shapes = {name: values.shape for name, values in outputs.items()}
         raise ValueError(f"views = {views}: must not be negative, and outputs [{views}, {size}, ...], got {shapes}")
-    index = batch_indices(step, seed=seed, batch_size=batch_size, size=size)
+    # The walks of a permutation are a loop, in which the partitioner would let the devices wait for each other.
+    order = partial(batch_indices, seed=seed, batch_size=batch_size, size=size)
+    index = whole_batch(mesh)(order)(jnp.asarray(step))
     if views:
         view = jnp.asarray(step, jnp.int32) // (size // batch_size) % views
         offset, mirrored = _draws_of_view(view, index, seed=seed, padding=padding, flip=flip)

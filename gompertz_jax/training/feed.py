@@ -141,6 +141,7 @@ class Feed:
             flip=augment.flip,
             views=views,
             gathered_from=None if self._on_device else len(data.labels),
+            mesh=mesh if divided else None,
         )
 
     def make_batch(self, supply: Supply, step: jax.Array) -> Mapping[str, jax.Array]:
