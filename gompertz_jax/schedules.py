@@ -144,7 +144,7 @@ def gompertz_through(
             f"the Gompertz curve with inflection={inflection:g} and final={final:g} starts at {start:.0%} of its "
             f"asymptote, so it has no slow start: raise inflection or final",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,  # the caller's line: `checked` is in between
         )
     return _gompertz(steps, asymptote, log_displacement, rate)
 

@@ -3,6 +3,9 @@
 import inspect
 import itertools
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+from helpers import ROOT
 
 import gompertz_jax as gj
 from gompertz_jax.schedules import product, value_at
@@ -124,6 +128,11 @@ def test_mean_weight_is_the_sum_over_all_steps_in_float64():
     expected = (rates * values).sum() / rates.sum()
     assert gj.mean_weight(schedule, total, weights=rate) == pytest.approx(expected, rel=1e-6)
     assert type(gj.mean_weight(schedule, 3)) is float
+    # The product of two float32 is rounded in float32, so that a constant would not be its own mean.
+    constant, emphasis = (gj.constant_schedule(value) for value in (0.3, 0.1))
+    for total in (1, 1000):
+        mean = gj.mean_weight(constant, total, weights=emphasis)
+        assert mean == pytest.approx(float(np.float32(0.3)), rel=1e-12)
 
 
 def test_matched_constant_has_equal_area():
@@ -152,8 +161,10 @@ def test_reversed_takes_the_same_weights_backwards():
     schedule = gj.gompertz_schedule(300)
     steps = np.arange(300)
     np.testing.assert_array_equal(gj.reversed_schedule(schedule, 300)(steps), schedule(steps)[::-1])
-    # 299 - 7 does not fit into eight bits
+    # 299 - 7 does not fit into eight bits, nor 99,999 - 7 into sixteen
     np.testing.assert_array_equal(gj.reversed_schedule(schedule, 300)(np.uint8(7)), schedule(292))
+    for narrow in (np.uint8, np.int8, np.uint16, np.int16):
+        assert int(gj.reversed_schedule(lambda step: step, 100_000)(narrow(7))) == 99_992
     np.testing.assert_array_equal(
         gj.reversed_schedule(lambda step: step, 3)(jnp.arange(4, dtype=jnp.uint32)), [2, 1, 0, -1]
     )
@@ -185,6 +196,20 @@ def test_through_warns_of_a_curve_without_a_slow_start():
             schedule = gj.gompertz_through(10, inflection=inflection, final=final)
         assert bool(caught) is warns
         assert float(schedule(0)) == pytest.approx(start, rel=1e-5)
+
+
+def test_the_warning_is_of_the_line_that_made_the_curve(tmp_path):
+    """In a process of its own: here the suite's type checker is in between."""
+    script = tmp_path / "mine.py"
+    script.write_text("import gompertz_jax as gj\ngj.gompertz_through(10, inflection=0.1)\n")
+    done = subprocess.run(
+        [sys.executable, "-W", "always::UserWarning", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stderr.startswith(f"{script}:2: UserWarning: the Gompertz curve with inflection=0.1 ")
 
 
 CONSTRUCTORS = {
