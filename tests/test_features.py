@@ -89,6 +89,11 @@ LOSSES = {
         partial(reference_attention_transfer, power=3.0),
         ((2, 2, 5, 4), (2, 4, 5, 2)),
     ),
+    "attention, the student taller, the teacher wider": (
+        gj.attention_transfer,
+        partial(reference_attention_transfer, power=2.0),
+        ((2, 6, 3, 4), (2, 4, 5, 2)),
+    ),
     "hint": (gj.hint_distance, lambda a, b: ((a - b) ** 2).mean((1, 2, 3)), ((2, 2, 4, 5), (2, 2, 4, 5))),
     "selectivity, by second moments": (gj.neuron_selectivity, reference_selectivity, ((2, 4, 4, 6), (2, 2, 2, 9))),
     "selectivity, by Gram matrices": (gj.neuron_selectivity, reference_selectivity, ((2, 4, 5, 2), (2, 4, 5, 3))),
@@ -102,6 +107,11 @@ LOSSES = {
         partial(gj.hierarchical_context, levels=(4, 2)),
         partial(reference_context, levels=(4, 2)),
         ((2, 3, 5, 2), (2, 3, 5, 2)),
+    ),
+    "context, other levels, a map of 5x3": (
+        partial(gj.hierarchical_context, levels=(4, 2)),
+        partial(reference_context, levels=(4, 2)),
+        ((2, 5, 3, 2), (2, 5, 3, 2)),
     ),
     "context, a map of 1x1": (gj.hierarchical_context, reference_context, ((2, 1, 1, 4), (2, 1, 1, 4))),
 }
