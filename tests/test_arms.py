@@ -6,7 +6,7 @@ import pytest
 from gompertz_jax.arms import ARMS, arm
 from gompertz_jax.training.config import get_default
 from gompertz_jax.training.errors import RunError
-from gompertz_jax.training.objectives import build_objective, sampled
+from gompertz_jax.training.objectives import LOSSES, build_objective, sampled
 from gompertz_jax.training.optim import rate_by_step
 
 STEPS = 480
@@ -54,6 +54,16 @@ def test_controls_have_the_areas_that_they_are_to_have(weights):
     np.testing.assert_allclose(weights["budget"]["ce"] + weights["budget"]["kd"], 1.0, rtol=1e-6)
     np.testing.assert_allclose(weights["budget"]["kd"], 0.9 * curve, rtol=1e-5)
     assert set(weights["kd"]["ce"]) == {np.float64(np.float32(0.1))}
+    assert set(weights["kd"]["kd"]) == {np.float64(np.float32(0.9))}
+    tau = np.arange(STEPS) / STEPS
+    half_cosine = (1 - np.cos(np.pi * tau)) / 2
+    shapes = {
+        "linear": tau, "cosine": half_cosine, "decay": 1 - half_cosine, "logistic": 1 / (1 + np.exp(-10 * (tau - 0.5))),
+        "constant": np.ones(STEPS),
+    }  # fmt: skip
+    for name, expected in shapes.items():
+        np.testing.assert_allclose(weights[name]["kd"], expected, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(weights[f"full_{name}"]["gradient"], 0.7 * expected, rtol=1e-5, atol=1e-7)
 
 
 def test_an_arm_that_the_config_cannot_give_is_refused():
@@ -101,3 +111,25 @@ def test_a_term_that_the_config_switched_off_stays_off(weights):
     del config.objective.terms["wasserstein"]
     with pytest.raises(RunError, match="the arm 'transport' keeps terms of transport"):
         arm(config, "transport")
+
+
+LOGITS = (
+    "soft_targets", "decoupled", "multi_temperature", "batch_correlation", "class_correlation",
+    "interclass_correlation", "intraclass_correlation", "wasserstein_logits", "target_cross_entropy",
+)  # fmt: skip
+FAMILIES = {
+    "gompertz": LOGITS,
+    "transport": (*LOGITS, "wasserstein", "gaussian", "wasserstein_features"),
+    "gradients": (*LOGITS, "gradient_match", "jacobian", "sobolev", "gradient_attention"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_arm_keeps_every_loss_of_its_families(name):
+    config = get_default()
+    for loss in LOSSES:
+        config.objective.terms[f"own_{loss}"] = {"loss": loss, "weight": "1"}
+    before = config.to_json()
+    kept = [spec.loss for key, spec in arm(config, name).objective.terms.items() if key.startswith("own_")]
+    assert set(kept) == {"cross_entropy", *FAMILIES[name]}
+    assert config.to_json() == before

@@ -106,6 +106,16 @@ def test_a_comparison_has_its_tables_arms_and_telemetry(tmp_path):
     assert "left out: gompertz, seed 0, at step 7." in report.as_markdown(results)
     write(tmp_path, [{"step": 20, "arm": "gompertz", "seed": seed, **TOLD} for seed in (0, 1)], results=results)
     words, pictures = of(tmp_path)
+    assert report.PULLS not in words  # of a comparison in which none was measured
+    results["pulls"] = {
+        "gompertz": {
+            name: {"step": [20], "norm": [norm], "pull": [norm], "cosine": [0.25]}
+            for name, norm in (("ce", 1.0), ("kd", 0.125))
+        }
+    }
+    write(tmp_path, [{"step": 20, "arm": "gompertz", "seed": seed, **TOLD} for seed in (0, 1)], results=results)
+    words, pictures = of(tmp_path)
+    assert report.PULLS in words and "0.12" in words and "0.25" in words
     for told in ("90.50 ± 0.71", "-1.00", "baseline", "the arm gompertz", "kd (by progress)", "Gradient norm of each"):
         assert told in words, told
     assert pictures == 2 and "left out: gompertz, seed 0, at step 7." in words
@@ -150,3 +160,42 @@ def test_lines_that_are_gone_and_a_page_that_cannot_be_written_are_told(tmp_path
         SystemExit, match=r"no/x.html cannot be written \(No such file or directory\); give another --out$"
     ):
         cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "x.html")])
+
+
+def test_names_and_numbers_are_told_as_they_are(tmp_path):
+    """A folder may be called anything; shares are in percent, and what is not known is left out."""
+    directory = tmp_path / "a <b> & 'c'"
+    directory.mkdir()
+    result = {
+        "test_agreement_last": 0.875, "test_accuracy_best": None, "best_step": 12, "not_converged_steps": {},
+        "data_sha256": "0123abc", **PROVENANCE,
+    }  # fmt: skip
+    write(directory, [], config={}, result=result)
+    words, _ = of(directory)
+    assert words.count(directory.name) == 2  # the title and the heading
+    for told in ("test agreement last", "87.50%", "best step", "12", "data_sha256", "0123abc", "cpu x 1", "abc"):
+        assert told in words, told
+    assert "test accuracy best" not in words and "not converged" not in words and "None" not in words
+
+
+def test_what_was_measured_of_a_term_is_in_the_panel_of_its_name():
+    lines = [
+        {"step": step, "kd/gradient_norm": 2.0 + step, "kd/gradient_cosine": -0.5, "ot/gradient_norm": 1.0}
+        for step in (0, 9)
+    ]
+    names = ("gradient_norm", "gradient_cosine")
+    found = [("arm", "kd", "gradient_cosine"), ("arm", "kd", "gradient_norm"), ("arm", "ot", "gradient_norm")]
+    panels = page._telemetry_figure({"arm": lines}, found, names).axes
+    assert [axes.get_title() for axes in panels] == [
+        f"{t} gradient {n}" for t in ("kd", "ot") for n in ("norm", "cosine")
+    ]
+    drawn = [[list(line.get_ydata()) for line in axes.get_lines()] for axes in panels]
+    assert drawn == [[[2.0, 11.0]], [[-0.5, -0.5]], [[1.0, 1.0]], []]
+    assert [axes.get_yscale() for axes in panels] == ["log", "linear"] * 2
+    assert panels[1].get_ylim()[0] <= -1 and panels[1].get_ylim()[1] >= 1
+    of_run = page._telemetry_figure({"": lines}, [("", *key) for _, *key in found], names).axes
+    assert [len(axes.get_lines()) for axes in of_run] == [2, 1]  # all terms of a run in one row
+    transport = page._telemetry_figure(
+        {"": [{"step": 0, "ot/marginal_error": 1e-3}]}, [("", "ot", "marginal_error")], ("iterations", "marginal_error")
+    )
+    assert transport.axes[1].get_yscale() == "log"

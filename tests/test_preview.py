@@ -101,6 +101,9 @@ def test_direction_and_steepest_point(curve, direction, steepest):
         ("gompertz()", None),
         ("matched(gompertz())", None),
         ("linear(start=1, end=0)", None),
+        ("cosine(start=1, end=0)", None),  # that it is largest at the start is what it is for
+        ("gompertz(rate=40)", None),  # at 5 % of training it has reached 51 %
+        ("gompertz(rate=2)", None),  # ends at 51 % of its asymptote
     ],
 )
 def test_doubtful_curves_are_told_and_others_are_not(curve, warning):
@@ -221,3 +224,32 @@ def test_mistakes_in_a_config_file_are_one_line_that_says_where(source, message,
     with pytest.raises(SystemExit) as stopped:
         cli.main(["preview", f"--config={path}", *changes])
     assert str(stopped.value).startswith(f"error: {path}{message}") and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
+def test_a_schedule_of_any_size_and_of_any_number_of_steps_is_read_alike(factor):
+    """float32 rounds more than two of a million steps differ by."""
+    for steps in (500, 1_000_000):
+        tau = np.arange(steps) / steps
+        reading = room.read(np.float32(factor * np.exp(-5 * np.exp(-8 * tau))), 1 - tau)
+        assert reading.direction == "rises"
+        assert reading.steepest == pytest.approx(np.log(5) / 8, abs=3e-3)
+        values = factor * np.exp(-5 * np.exp(-8 * tau))
+        assert reading.area == pytest.approx(values.mean(), rel=1e-5)
+        assert reading.weighted_area == pytest.approx((values * (1 - tau)).sum() / (1 - tau).sum(), rel=1e-5)
+    assert room.read(np.array([1.0, 3.0]), np.zeros(2)).weighted_area == 2.0  # where the rate says nothing
+
+
+def test_an_area_within_a_hundredth_of_the_control_s_is_equal():
+    for factor, told in ((1.008, False), (1.05, True), (0.95, True)):
+        warned = room.preview(config(f"{factor} * gompertz()"), control=config("gompertz()")).warnings
+        assert any(text.startswith("curve: area") for text in warned) is told, factor
+
+
+def test_schedules_share_a_picture_only_if_they_are_of_one_shape_one_sign_and_one_clock():
+    changes = {"objective.terms.kd.weight": "-2 * curve", "objective.terms.gradient.weight": "progress(linear())",
+               "objective.terms.wasserstein.weight": "3 * curve"}  # fmt: skip
+    shown = room.preview(config("linear()", **changes))
+    assert [names for names, _ in room._shapes(shown)] == [["curve", "wasserstein"], ["gradient"], ["kd"]]
+    low = [line for line in room.as_text(shown).splitlines() if "┤" in line][-1]
+    assert low.startswith(f"{shown.values['kd'].min():>8.3g} ┤")

@@ -25,6 +25,7 @@ def test_card_names_networks_accuracies_seconds_and_files():
                  "next      gompertz-jax report runs/digits"):  # fmt: skip
         assert part in card
     assert len({len(line) for line in card.splitlines()}) == 1
+    assert "checkpoints/, network/ " in card and "test accuracy" in card
     assert "best by validation" not in report.result_card(result(None), Path("runs/digits"))
 
 
@@ -144,3 +145,71 @@ def test_a_comparison_is_tested_as_by_scipy_and_corrected_by_holm():
     row = next(row for row in report.comparison_rows({"last": found}, "last") if row[0] == "a")
     mean = (columns["a"] - columns["matched"]).mean()
     assert row[3:5] == (f"{100 * mean:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}")
+
+
+def test_card_lists_a_teacher_only_where_there_is_one(tmp_path):
+    alone = report.result_card(result() | {"teacher": None, "teacher_test_accuracy": None}, tmp_path)
+    assert "teacher/" not in alone and "\n│ teacher" not in alone
+    (tmp_path / "teacher").mkdir()
+    assert "checkpoints/, network/, teacher/" in report.result_card(result(), tmp_path)
+
+
+def test_forty_arms_look_different():
+    assert len({tuple(report.line_of(number).items()) for number in range(40)}) == 40
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_one_before_it(tmp_path):
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"before")
+
+    class Broken:
+        def savefig(self, place, **options):
+            Path(place).write_bytes(b"half of a pic")
+            raise OSError
+
+    with pytest.raises(OSError):
+        report.save(Broken(), path)
+    assert path.read_bytes() == b"before"
+
+
+def test_weighted_terms_of_any_size_and_sign_are_seen_on_one_axis():
+    _, terms, _ = report.curves([{"step": 0, "split": "train", "ce/weight": 1.0, "ce/weighted": 1e3}]).axes
+    assert terms.get_yscale() == "symlog"
+
+
+def test_the_weight_that_is_drawn_is_that_of_the_term_of_most_arms():
+    def of(**arms):
+        listed = {name: {"schedules": dict.fromkeys(("ce", *terms))} for name, terms in arms.items()}
+        return report._most_common_term({"arms": listed})
+
+    assert of(student=(), a=("kd",), b=("kd", "transport"), c=("kd", "zero")) == "kd"
+    assert of(a=("kd", "transport")) == "transport"  # of as many, the last by name
+    assert of(student=()) == ""
+
+
+def test_results_say_which_seeds_whose_seconds_and_who_failed():
+    numbers = {"start": 0.1, "middle": 0.2, "end": 0.3, "area": 0.4, "weighted_area": 0.5, "by_progress": False}
+    arms = {
+        name: {
+            "about": f"about {name}",
+            "schedules": {"ce": numbers},
+            "students": [student_of(seed, [], 0.9 if failed is None else None, failed=failed) for seed in (3, 4)],
+        }
+        for name, failed in (("a", None), ("b", 1234))
+    }
+    results = {
+        "arms": arms, "seeds": [3, 4], "steps": 5000, "teacher": "t", "student": "s", "dataset": "d", "order_seed": 7,
+        "teacher_test_accuracy": 0.75, "versions": {"jax": "1"}, "device": "cpu x 1", "commit": "abc",
+        "timing": {"train_seconds": 3000.0, "teacher_seconds": 20.0, "images_per_second": 9876.0},
+    }  # fmt: skip
+    results["comparison"] = report.compared(results, "a")
+    text = report.as_markdown(results)
+    for told in (
+        "2 arms, seeds 3 to 4, 5,000 steps each; the teacher has 75.00 % of the test images",
+        "3,000 s of training, 20 s of the teacher's, both with compiling; 9,876 images/s of all students",
+        "Not finite, and left out: b, seed 3, at step 1,234; b, seed 4, at step 1,234.",
+        "(order seed 7)",
+    ):
+        assert told in text, told
+    row = next(line for line in text.splitlines() if line.startswith("| a ") and "ce" in line)
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["a", "ce", "0.1", "0.2", "0.3", "0.4", "0.5"]

@@ -132,7 +132,7 @@ def test_mistakes_are_told_before_any_work(changes, arms, options, message, tmp_
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("name", ["a/b", "../a", "", ".", "a" * 300])
+@pytest.mark.parametrize("name", ["a/b", "../a", "", ".", "a" * 300, "é" * 150])
 def test_an_arm_whose_best_could_not_be_written_is_refused_before_any_work(name, tmp_path):
     config = small_config()
     with pytest.raises(RunError, match="is no name for a file, and the arm's best is written to best"):
@@ -148,3 +148,47 @@ def test_the_accuracy_of_a_trial_is_the_mean_over_its_seeds():
     results = {"arms": {f"kd-{number}": {"students": found} for number, found in enumerate(students)}}
     ranked = room._ranked("kd", [{"kd.weight": 1.0}, {"kd.weight": 2.0}], results)
     assert [(trial["trial"], trial["validation_accuracy"]) for trial in ranked] == [(1, pytest.approx(0.6)), (0, 0.5)]
+    failed = [{"failed_at_step": None, "best_validation_accuracy": 0.9}, {"failed_at_step": 3}]
+    results["arms"]["kd-0"]["students"] = failed  # of one seed only, which is not what the others are compared by
+    ranked = room._ranked("kd", [{"kd.weight": 1.0}, {"kd.weight": 2.0}], results)
+    assert [(trial["trial"], trial["validation_accuracy"]) for trial in ranked] == [(1, pytest.approx(0.6)), (0, None)]
+
+
+def test_what_is_tried_is_drawn_for_each_arm_from_its_own_points_of_the_seed(tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    given = []
+
+    def of(*arguments):
+        given.append(arguments)
+        raise Reached
+
+    monkeypatch.setattr(room.Cohort, "of", of)
+    for seed in (5, 6):
+        config = small_config(seed=seed)
+        arms = {name: arm(config, "constant") for name in ("one", "other")}
+        with pytest.raises(Reached):
+            room.tune(config, tmp_path, arms=arms, trials=3, seeds=2, layout="vmap", search="random")
+    (_, tried, seeds, layout), (_, of_another_seed, _, _) = given
+    assert (seeds, layout) == (2, "vmap")
+    assert list(tried) == [f"{name}-{trial}" for name in ("one", "other") for trial in range(3)]
+    found = [
+        (terms.kd.weight, terms.kd.temperature)
+        for listed in (tried, of_another_seed)
+        for terms in (trial.objective.terms for trial in listed.values())
+    ]
+    # The second arm's points are those of the next seed.
+    assert found[3:6] == found[6:9] and len(set(found)) == 9
+    bounds = np.log([[room.FACTOR.low, room.FACTOR.high], list(room.OPTIONS["temperature"][:2])])
+    for share, pair in zip(np.random.default_rng(5).random((3, 2)), found, strict=False):
+        numbers = float(pair[0].partition(" *")[0]), float(pair[1])
+        np.testing.assert_allclose(np.log(numbers), bounds[:, 0] + share * (bounds[:, 1] - bounds[:, 0]), atol=1e-3)
+
+
+def test_a_search_tells_every_arm_s_three_best_and_the_best_config_its_accuracy():
+    ranked = [{"trial": n, "values": {"kd.weight": 0.5}, "validation_accuracy": 0.9 - 0.1 * n} for n in range(5)]
+    result = {"tuned": {"kd": ranked}, "trials": 5, "search": "sobol", "seeds": [0]}
+    assert [row[1:3] for row in room.best_trials(result)[1:]] == [("0", "90.00"), ("1", "80.00"), ("2", "70.00")]
+    source = room.config_source("kd", ranked, small_config())
+    assert source.startswith('"""The arm \'kd\': the best of 5 trials by validation (90.00%).')
