@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import gompertz_jax as gj
-from gompertz_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays
+from gompertz_jax.training.checkpoint import Checkpoints, load_arrays, save_arrays, saved_steps
 from gompertz_jax.training.errors import RunError
 
 
@@ -225,3 +225,30 @@ def test_arrays_are_saved_once_and_read_back(tmp_path):
     save_arrays(tmp_path / "network", tree)  # as after a kill before the sums were written
     with pytest.raises(RunError, match="cannot be read"):
         load_arrays(tmp_path / "network", {"params": {"v": jnp.zeros(5)}})
+
+
+def test_steps_are_numbers(tmp_path):
+    """As text, 9 would come after 10 and 11."""
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (8, 9, 10, 11):
+            checkpoints.save(step, state(step), {"step": step})
+    assert saved_steps(tmp_path / "c") == [10, 11]
+    assert restored(tmp_path / "c") == 11
+
+
+def test_what_orbax_had_not_finished_is_removed_and_what_is_not_sealed_is_not_listed(tmp_path):
+    directory = saved(tmp_path / "c", 1, 2)
+    (directory / "3.orbax-checkpoint-tmp-1").mkdir()
+    (directory / "2" / "SHA256SUMS").unlink()
+    assert saved_steps(directory) == [1]
+    assert restored(directory) == 1
+    assert not (directory / "3.orbax-checkpoint-tmp-1").exists()
+
+
+def test_where_it_is_not_known_what_was_saved_nothing_starts_from_scratch(tmp_path):
+    directory = saved(tmp_path / "c", 1)
+    (directory / "1" / "SHA256SUMS").unlink()
+    cut(directory.with_suffix(".json"))
+    with pytest.raises(RunError, match=r"no checkpoint of the workdir .* is intact .*it has no SHA256SUMS"):
+        restored(directory)
+    assert (directory / "1").is_dir()

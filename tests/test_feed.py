@@ -7,7 +7,8 @@ import pytest
 from helpers import tiny_config
 
 from gompertz_jax.training import augment
-from gompertz_jax.training.data import load
+from gompertz_jax.training import feed as room
+from gompertz_jax.training.data import Split, load
 from gompertz_jax.training.feed import Feed, Images, stays_on_host
 from gompertz_jax.training.sharding import data_mesh, replicate
 
@@ -83,3 +84,34 @@ def test_a_failure_while_gathering_reaches_the_loop():
     )  # fmt: skip
     with source, broken, pytest.raises(IndexError):
         broken(0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 20])
+def test_a_function_of_images_in_parts_is_that_of_all_of_them(monkeypatch, count):
+    monkeypatch.setattr(room, "PART", 7)
+    images = np.arange(count * 4, dtype=np.uint8).reshape(count, 2, 2, 1)
+    labels = np.arange(count, dtype=np.int32)[::-1].copy()
+    seen = []
+
+    def function(images, labels):
+        seen.append(len(labels))
+        return jnp.stack([images.sum((1, 2, 3), dtype=jnp.int32), 10 * labels])
+
+    found = room.in_parts(function, Split(images, labels), data_mesh())
+    np.testing.assert_array_equal(found, [images.sum((1, 2, 3)), 10 * labels])
+    assert max(seen) <= 7
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_the_held_out_images_are_on_the_device_wherever_the_others_are(placement):
+    data, dataset = feed(placement)[0], load("digits", validation=100)
+    assert isinstance(data.validation[0], jax.Array)
+    jax.tree.map(np.testing.assert_array_equal, data.validation, tuple(dataset.validation))
+
+
+def test_of_gathered_images_only_two_dispatches_are_kept():
+    _, source = feed("host")
+    with source:
+        for first in range(0, 5 * STEPS, STEPS):
+            source(first)
+            assert set(source._gathered) == {first, first + STEPS}

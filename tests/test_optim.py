@@ -91,3 +91,24 @@ def test_cosine_rate_falls_to_zero_at_the_end():
     steps = np.arange(5, 51)
     np.testing.assert_allclose([rate(n) for n in steps], 0.25 * (1 + np.cos(np.pi * (steps - 5) / 45)), atol=1e-6)
     np.testing.assert_allclose([rate(n) for n in range(5)], 0.1 * np.arange(5), atol=1e-6)
+
+
+def test_boundaries_lower_the_rate_by_the_factor_and_a_constant_rate_stays():
+    steps = np.arange(50)
+    made = recipe(epochs=10, learning_rate=0.5, decay="multistep", boundaries=(4, 8), factor=0.2, warmup_epochs=0.0)
+    rate = optim.learning_rate(made, steps_per_epoch=5)
+    expected = np.select([steps < 20, steps < 40], [0.5, 0.1], 0.02)
+    np.testing.assert_allclose([rate(n) for n in steps], expected, rtol=1e-5)
+    # 0.75 epochs are 3.75 steps, of which the nearest number is 4
+    made = recipe(epochs=10, learning_rate=0.5, decay="constant", warmup_epochs=0.75)
+    rate = optim.learning_rate(made, steps_per_epoch=5)
+    np.testing.assert_allclose([rate(n) for n in steps], np.minimum(0.5 * steps / 4, 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1000, 1001, 30])
+def test_the_rate_over_a_number_of_steps_is_the_recipe_s_whether_or_not_they_are_whole_epochs(steps):
+    made = recipe(epochs=3, learning_rate=0.5, decay="cosine", warmup_epochs=0.3)
+    found = np.asarray(optim.rate_by_step(made, steps)(np.arange(steps)))
+    tau = np.arange(steps) / steps
+    expected = np.where(tau < 0.1, 0.5 * tau / 0.1, 0.25 * (1 + np.cos(np.pi * (tau - 0.1) / 0.9)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

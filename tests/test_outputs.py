@@ -24,7 +24,8 @@ VIEWS = 2
 
 
 def linear_apply(params, stats, images, *, train, key=None):
-    pooled = images.reshape(images.shape[0], -1)
+    """Another function in training, as dropout or a batch normalisation would be."""
+    pooled = images.reshape(images.shape[0], -1) * (0.5 if train else 1.0)
     return gj.Outputs(pooled @ params, (images,), pooled), stats
 
 
@@ -39,9 +40,10 @@ def settings():
     return config, Images.of(dataset, config.data, mesh), mesh
 
 
-def stored(directory, teacher=None, *, seed=7, parts=("logits",), padding=1):
+def stored(directory, teacher=None, *, seed=7, parts=("logits",), padding=1, flip=True, darker=0):
     config, data, mesh = settings()
-    config.augment.padding = padding
+    config.augment.update({"padding": padding, "flip": flip})
+    data = data._replace(images=data.images - np.uint8(darker))
     return outputs.stored_outputs(
         directory, teacher or network(5), data, parts=parts, views=VIEWS, seed=seed, augment=config.augment, mesh=mesh
     )
@@ -147,6 +149,8 @@ def test_a_view_that_is_missing_or_damaged_is_computed_again_and_the_others_are_
     [
         ({"seed": 8}, "seed"),
         ({"padding": 2}, "augment.padding"),
+        ({"flip": False}, "augment.flip"),
+        ({"darker": 1}, "images"),
         ({"teacher": network(6)}, "teacher"),
         ({"parts": ("logits", "pooled")}, "parts"),
     ],
@@ -157,3 +161,16 @@ def test_outputs_of_something_else_are_set_aside(tmp_path, capsys, changes, key)
     assert f"holds other outputs (by {key} in its card.json) and is kept as" in capsys.readouterr().out
     assert (tmp_path / "set_aside" / "outputs" / "0" / "SHA256SUMS").exists()
     assert np.array_equal(new, old) == (key == "parts")
+
+
+@pytest.mark.parametrize("damage", ["of another JAX", "cut in half"])
+def test_outputs_that_may_be_of_other_views_are_computed_again(tmp_path, capsys, damage):
+    old = stored(tmp_path / "outputs")["logits"]
+    path = tmp_path / "outputs" / "card.json"
+    card = path.read_text()
+    path.write_text(card.replace(jax.__version__, "0.0.1") if damage == "of another JAX" else card[: len(card) // 2])
+    np.testing.assert_array_equal(stored(tmp_path / "outputs")["logits"], old)
+    told = capsys.readouterr().out
+    assert "are computed once, for 2 x 1,338 images" in told and "is kept as" in told
+    assert damage == "cut in half" or "by jax in its card.json" in told
+    assert path.read_text() == card

@@ -3,6 +3,7 @@
 import io
 import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,6 +180,9 @@ def test_folders_that_lack_something(tmp_path, harm, message):
         ({"train_images": np.zeros((60, 12), np.uint8)}, r"of shape \(60, 12\)"),
         ({"train_labels": np.zeros((60, 3), np.int64)}, r"train_labels is int64 of shape \(60, 3\)"),
         ({"train_labels": np.zeros(59, np.int64)}, "60 train_images and 59 train_labels"),
+        ({"train_labels": np.zeros(61, np.int64)}, "60 train_images and 61 train_labels"),
+        ({"train_labels": np.full(60, 3)}, "class_names has 3 names, and train_labels goes up to 3"),
+        ({"test_labels": np.full(30, 7), "class_names": None}, "label 7 of example 0 is not one of 3 classes"),
         ({"train_labels": np.full(60, 7)}, "class_names has 3 names, and train_labels goes up to 7"),
         ({"test_labels": np.full(30, 7)}, "label 7 of example 0 is not one of 3 classes"),
         ({"train_labels": np.full(60, -1)}, "train_labels has -1; labels start at 0"),
@@ -306,3 +310,90 @@ def test_classes_without_an_image_are_told(tmp_path, capsys):
         f"warning: {name}: no training image is of class cedar",
         f"warning: {name}: no held-out image is of class beech, cedar",
     ]
+
+
+def test_labels_of_the_test_images_are_those_of_the_training_classes(tmp_path, capsys):
+    """Also where there are no test images of the first class."""
+    write_folder(tmp_path)
+    remove(tmp_path / "test" / "ash")
+    test = load(f"folder:{tmp_path}", validation=0).test()
+    images, labels = split("test")
+    np.testing.assert_array_equal(test.labels, labels[labels > 0])
+    np.testing.assert_array_equal(test.images, images[labels > 0])
+    assert "no test image is of class ash" in capsys.readouterr().out
+
+
+def test_one_picture_in_colour_makes_all_of_them_coloured(tmp_path):
+    for part in COUNTS:
+        folder = tmp_path / part / "one"
+        folder.mkdir(parents=True)
+        Image.new("L", (4, 4), 100).save(folder / "a.png")
+        Image.new("RGB", (4, 4), (1, 2, 3)).save(folder / "b.png")
+    images = load(f"folder:{tmp_path}", validation=0).train.images
+    assert images.shape == (2, 4, 4, 3)
+    assert (images[0] == 100).all() and (images[1] == (1, 2, 3)).all()
+
+
+def test_a_long_list_of_broken_files_is_cut(tmp_path):
+    write_folder(tmp_path)
+    for number in range(12):
+        (tmp_path / "train" / "ash" / f"note{number:02d}.txt").write_text("not an image")
+    with pytest.raises(DataError) as told:
+        load(f"folder:{tmp_path}", validation=0)
+    assert str(told.value).count("not an image that Pillow knows") == 10
+    assert "note09.txt" in str(told.value) and "note10.txt" not in str(told.value)
+    assert " and 2 more; repair or remove them" in str(told.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_are_brought_to_a_size_by_averaging(tmp_path, channels):
+    """Columns of 0 and 255 become grey; of a neighbour nothing but one of them would be left."""
+    striped = np.zeros((8, 16, 16, channels), np.uint8)
+    striped[:, :, ::2] = 255
+    labels = np.arange(8) % 2
+    shape = striped.shape if channels == 3 else striped.shape[:3]
+    images = {f"{part}_images": striped.reshape(shape) for part in COUNTS}
+    np.savez(tmp_path / "mine.npz", **images, train_labels=labels, test_labels=labels)
+    data = load(f"arrays:{tmp_path / 'mine.npz'}", validation=0, image_size=8)
+    assert data.train.images.shape == data.test().images.shape == (8, 8, 8, channels)
+    np.testing.assert_allclose(data.train.images, 127.5, atol=32)
+    np.testing.assert_allclose(data.train.images.mean(), 127.5, atol=3)
+
+
+def test_images_of_four_channels_keep_their_size(tmp_path):
+    four = {f"{part}_images": np.full((COUNTS[part], 4, 4, 4), 7, np.uint8) for part in COUNTS}
+    for images in four.values():
+        images[0] = 9
+    name = write_arrays(tmp_path / "mine.npz", **four)
+    assert load(name, validation=0).train.images.shape == (60, 4, 4, 4)
+    with pytest.raises(DataError, match=r"images of 4 channels cannot be resized; set data\.image_size = 0"):
+        load(name, validation=0, image_size=2)
+
+
+@pytest.mark.parametrize(
+    ("splits", "read"), [(("train", "validation", "test"), "test"), (("validation", "train"), "validation")]
+)
+def test_the_test_images_of_tfds_are_its_test_split_where_there_is_one(monkeypatch, splits, read):
+    class Builder:
+        info = SimpleNamespace(
+            splits=dict.fromkeys(splits),
+            features={"image": None, "label": tfds.features.ClassLabel(names=CLASSES)},
+        )
+        is_prepared = staticmethod(lambda: True)
+
+        def as_data_source(self, name):
+            value = 10 * splits.index(name)
+            return [{"image": np.full((4, 4, 1), value + label, np.uint8), "label": label} for label in range(3)]
+
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Builder())
+    data = load("tfds:fake", validation=0)
+    for found, name in ((data.train, "train"), (data.test(), read)):
+        np.testing.assert_array_equal(found.images[:, 0, 0, 0], 10 * splits.index(name) + np.arange(3))
+        np.testing.assert_array_equal(found.labels, np.arange(3))
+
+
+def test_tfds_sets_without_images_to_test_on_are_refused(monkeypatch):
+    builder = SimpleNamespace(info=SimpleNamespace(splits={"train": None}), is_prepared=lambda: True)
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: builder)
+    with pytest.raises(DataError, match=r"^tfds:fake has the splits train; train and test are needed"):
+        load("tfds:fake", validation=0)

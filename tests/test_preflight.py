@@ -36,19 +36,23 @@ def network(model, data, **normalisation):
     return abstract.replace(**{"mean": data.mean, "std": data.std} | normalisation)
 
 
-def describe(data, *, student="resnet8", teacher="resnet8", devices=1, views=0, room=math.inf, **changes):
-    config = tiny_config(**{"student.model": student, "teacher.model": teacher, **changes})
+def describe(
+    data, *, student="resnet8", teacher="resnet8", devices=1, sharing=None, batch_size=64, views=0, room=math.inf,
+    **changes,
+):  # fmt: skip
+    config = tiny_config(**{"student.model": student, "teacher.model": teacher or "resnet8", **changes})
     objective = build_objective(config, 100)
     return preflight.describe(
         data,
         student=(config.student.to_dict(), network(student, data)),
-        teacher=(config.teacher.to_dict(), network(teacher, data)),
+        teacher=None if teacher is None else (config.teacher.to_dict(), network(teacher, data)),
         objective=objective,
         rate=optax.piecewise_constant_schedule(0.05, {60: 0.1}),
-        batch_size=64,
+        batch_size=batch_size,
         steps=100,
         steps_per_dispatch=50,
         devices=devices,
+        sharing=sharing,
         label="here",
         views=views,
         room=room,
@@ -60,8 +64,8 @@ def test_the_reference_pair_is_described():
     for part in (
         "resnet50, 23,705,252 parameters, 64@32, 256@32, 512@16, 1024@8, 2048@4",
         "mobilenetv2, 812,836 parameters, 16@16, 12@16, 16@8, 48@4, 160@2, 1280@2",
-        "wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's channels "
-        "standardised), 2,625,536 parameters",
+        "  matched   wasserstein: 1280@2 -> 2048@4 by projection 'last' (1x1 linear map, BatchNorm; the teacher's "
+        "channels standardised), 2,625,536 parameters",
         "100 of 64 images, 50 per dispatch",
         "  rate      0.05 at 0 %, 0.05 at 25 %, 0.05 at 50 %, 0.005 at 75 %, 0.005 at 100 %\n",
         "  terms     weight at    0 %      25 %   50 %   75 %   100 %  mean\n            ce           1        1  ",
@@ -78,6 +82,7 @@ def test_the_reference_pair_is_described():
         (lambda n: n.replace(mean=(0.5, 0.5)), "mean has 2 channels"),
         (lambda n: n.replace(std=(0.2, 0.0, 0.2)), "std above 0"),
         (lambda n: n.replace(mean=(125.0, 123.0, 114.0)), "divide both by 255"),
+        (lambda n: n.replace(std=(63.0, 62.1, 66.7)), "divide both by 255"),
         (lambda n: n.replace(mean=(float("nan"),) * 3), "must be finite"),
     ],
 )
@@ -101,8 +106,10 @@ def test_other_classes_and_other_channels_are_refused():
 
 
 def test_a_stage_that_is_not_there_is_refused():
-    with pytest.raises(RunError, match="the teacher has stages 0 to 3"):
-        describe(dataset(), **{"objective.projections.last.teacher_stage": 7})
+    for stage in (4, 7, -5):
+        message = rf"^objective\.projections\.last: the teacher has stages 0 to 3 .*, got {stage}$"
+        with pytest.raises(RunError, match=message):
+            describe(dataset(), **{"objective.projections.last.teacher_stage": stage})
 
 
 @pytest.mark.parametrize(
@@ -122,8 +129,12 @@ def test_a_term_that_cannot_be_computed_is_refused_by_name(changes, message):
 def test_gradients_at_a_stage_are_described_and_a_stage_that_is_not_there_is_refused():
     text = describe(dataset(), **{"objective.terms.gradient.stages": (-1, 2), "objective.terms.gradient.pool": 1})
     assert "gradient: 64@8 -> 32@16; each position's contribution, the larger map averaged" in text
-    with pytest.raises(RunError, match=r"terms\.gradient: student stage 6: the student has stages 0 to 3"):
-        describe(dataset(), **{"objective.terms.gradient.stages": (6, 3)})
+    for stage in (4, 6, -5):
+        message = (
+            rf"terms\.gradient: student stage {stage}: the student has stages 0 to 3 \(16@32, 16@32, 32@16, 64@8\)"
+        )
+        with pytest.raises(RunError, match=message):
+            describe(dataset(), **{"objective.terms.gradient.stages": (stage, 3)})
 
 
 CE_ALONE = {f"objective.terms.{term}.weight": "0" for term in ("kd", "wasserstein", "gradient")}
@@ -173,7 +184,43 @@ def test_what_each_of_several_devices_gets_is_told():
     assert " x 8, jax" in (text := describe(dataset(), devices=8))
     assert "100 of 64 images (8 a device), 50 per dispatch" in text
     assert "MiB a device" in text
+    # Where students and not batches are divided, every device has whole ones.
+    assert "100 of 64 images (64 a device), 50 per dispatch" in describe(dataset(), devices=8, sharing=1)
 
 
 def test_parameters_are_counted():
     assert preflight.count_parameters({"a": jnp.zeros((3, 4)), "b": [jax.ShapeDtypeStruct((5,), jnp.float32)]}) == 17
+
+
+def test_epochs_views_dtypes_and_doubtful_weights_are_told():
+    changes = {"student.dtype": "bfloat16", "objective.curve": "progress(gompertz())",
+               "objective.terms.wasserstein.weight": "-0.01"}  # fmt: skip
+    rows = describe(dataset(), batch_size=8, **changes).splitlines()
+    (student,), (teacher,) = ([row for row in rows if row.startswith(f"  {role} ")] for role in ("student", "teacher"))
+    assert student.endswith(", bfloat16") and teacher.endswith(", float32")
+    assert any(row.endswith("100 of 8 images, 50 per dispatch; 50 epochs of 2 whole batches") for row in rows)
+    assert any("wasserstein: the weight is -0.01 at step 0; below 0" in row for row in rows)
+    (kd,) = [row.split() for row in rows if "kd (of progress)" in row]
+    assert kd[:3] == ["kd", "(of", "progress)"] and len(kd) == 3 + 5  # at five places, and no mean
+    assert any("20 training images, 20 held out, 10 classes, 32x32x3" in row for row in rows)
+    alone = describe(dataset(), teacher=None, views=3, **CE_ALONE)
+    assert "views     3 of each image" in alone and "teacher" not in alone
+
+
+def test_the_memory_of_a_run_is_that_of_its_parts():
+    """Four arrays of the size of what is trained: weights, momentum, gradient, best; a teacher's and its outputs."""
+    data = dataset()
+    student, teacher = network("resnet8", data), network("resnet8", data)
+    alone = preflight._memory(student, None, {}, data, 4)
+    projection = {"kernel": jax.ShapeDtypeStruct((30, 7), jnp.float32)}
+    assert preflight._memory(student, None, projection, data, 4) - alone == 4 * 4 * 30 * 7
+    # resnet8 on 32x32 images: maps of 16@32, 16@32, 32@16 and 64@8, 64 pooled and 10 scores
+    outputs = 4 * 4 * (2 * 16 * 32**2 + 32 * 16**2 + 64 * 8**2 + 64 + 10)
+    weights = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((teacher.params, teacher.stats)))
+    assert preflight._memory(student, teacher, {}, data, 4) - alone == weights + outputs
+    kd = {"objective.terms.wasserstein.weight": "0", "objective.terms.gradient.weight": "0"}
+    usual, stored = (
+        int(describe(dataset(), views=views, **kd).rpartition("about ")[2].split(" MiB")[0].replace(",", ""))
+        for views in (0, 30_000)
+    )
+    assert stored - usual == pytest.approx(20 * 30_000 * 4 * 10 / 2**20, abs=1)
