@@ -1,5 +1,7 @@
 """Students out of workdirs, finished or not: formats, cards, and what is refused."""
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
 
@@ -38,7 +40,7 @@ def run(tmp_path_factory):
     Its config is older than some keys.
     """
     workdir = tmp_path_factory.mktemp("run")
-    config = small_config(**{"teacher.dir": str(workdir / "teachers" / "one")})
+    config = small_config(**{"teacher.dir": str(workdir / "teachers" / "one"), "seed": 3})
     content, dataset = frozen(config), load("digits", validation=100)
     del content["data"]["image_size"], content["teacher"]["cache"]
     write_json(workdir / CONFIG, content)
@@ -94,6 +96,9 @@ def test_a_stablehlo_program_of_a_run_that_is_going(run, tmp_path, fold, capsys)
     assert card["compared"]["images"] == 64
     config = card["provenance"]["run_config"]
     assert config["teacher"]["dir"] == "one" and config["data"]["image_size"] == 0
+    assert card["provenance"]["seed"] == config["seed"] == 3
+    assert card["sha256"] == hashlib.sha256((out / card["file"]).read_bytes()).hexdigest()
+    assert out.stat().st_mode & 0o777 == 0o755  # for others to read
 
 
 @pytest.mark.skipif(not INSTALLED, reason=f"jax2onnx is not installed: {export_onnx.INSTALL}")
@@ -161,10 +166,25 @@ def test_what_cannot_be_exported_is_told(run, tmp_path, monkeypatch):
             export.export_student(workdir, format="onnx")
     # a writer that writes something else leaves nothing behind
     original = tensor_files.write_torch
-    monkeypatch.setattr(tensor_files, "write_torch", lambda path, t: original(path, t | {"fc.bias": t["fc.bias"] + 1}))
-    with pytest.raises(RunError, match=r"student\.pth gives other logits than the student"):
-        export.export_student(workdir, tmp_path / "out", format="torch", step=15)
-    assert not list(tmp_path.iterdir())
+    for error in (1.0, 0.01, float("nan")):
+        monkeypatch.setattr(
+            tensor_files, "write_torch", lambda path, t, e=error: original(path, t | {"fc.bias": t["fc.bias"] + e})
+        )
+        with pytest.raises(RunError, match=r"student\.pth gives other logits than the student"):
+            export.export_student(workdir, tmp_path / "out", format="torch", step=15)
+        assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: name)
+        with pytest.raises(RunError, match="'onnx' is of float32, and the student computes in bfloat16; export stable"):
+            export._check_onnx("bfloat16")
+
+
+def test_a_student_is_measured_on_training_images_where_none_were_held_out(run):
+    _, networks, dataset, _ = run
+    first = dataset.train._replace(images=dataset.train.images[:50], labels=dataset.train.labels[:50])
+    found = export._accuracy(networks[15], dataclasses.replace(dataset, train=first, validation=None))
+    right = np.argmax(logits(networks[15], images_of(first)), -1) == first.labels
+    assert found == {"images": "training", "count": 50, "accuracy": pytest.approx(right.mean())}
 
 
 def test_layers_that_reshape_are_lowered_for_any_batch_size():

@@ -266,6 +266,48 @@ def test_the_command_writes_what_models_load_reads(tmp_path, capsys):
     assert stopped.value.code == 2 and "a PyTorch checkpoint -> " in capsys.readouterr().err
 
 
+def test_a_file_of_a_machine_that_writes_the_other_way_round_is_read(tmp_path):
+    weight = np.arange(6, dtype=">f4").reshape(2, 3)
+    path = write_zip(tmp_path / "a.pth", {"w": tensor_of(weight, "0")}, {"0": weight})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("any/byteorder", "big")
+    found = tensor_files.read_state_dict(path)["w"]
+    np.testing.assert_array_equal(found, np.arange(6.0).reshape(2, 3))
+    assert found.dtype == np.dtype("float32")
+
+
+def test_written_safetensors_are_aligned_and_say_what_they_are(tmp_path):
+    """The format asks that the tensors begin at a multiple of eight bytes."""
+    for length in range(1, 10):
+        path = tmp_path / "a.safetensors"
+        tensor_files.write_safetensors(path, {"w" * length: np.ones(3, np.float32)}, {"model": "resnet8"})
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        assert size % 8 == 0 and len(content) == 8 + size + 12
+        header = json.loads(content[8 : 8 + size])
+        assert header["__metadata__"] == {"model": "resnet8"}
+        assert header["w" * length] == {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet34", "resnet50"])
+def test_the_stem_of_a_network_is_that_of_its_first_kernel(model):
+    for size, stem in ((7, "imagenet"), (3, "cifar")):
+        assert torch_layouts._stem(model, {"conv1.weight": np.zeros((64, 3, size, size))}) == {"stem": stem}
+    assert torch_layouts._stem("resnet8", {"conv1.weight": np.zeros((16, 3, 3, 3))}) == {}
+
+
+def test_the_normalisation_of_coloured_images_is_not_that_of_others():
+    """A hundred classes of grey images are not CIFAR-100."""
+    shapes = jax.eval_shape(
+        lambda key: gj.models.create("resnet8", num_classes=100, in_channels=1, key=key), jax.random.key(0)
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    tensors = torch_layouts.to_state_dict(zeros, "resnet8", {})
+    with pytest.raises(ValueError, match="mean and std: the normalisation of resnet8 is not known for 100 classes"):
+        torch_layouts.from_state_dict(tensors, "resnet8")
+    assert torch_layouts.from_state_dict(tensors, "resnet8", mean=0.5, std=0.25).card["in_channels"] == 1
+
+
 # Against PyTorch
 
 ZOO = [*gj.models.names(), "tv_resnet18", "tv_resnet34", "tv_resnet50", "tv_mobilenetv2", "timm_mobilenetv2"]

@@ -13,6 +13,7 @@ from helpers import SMALLEST
 from scipy import signal
 
 import gompertz_jax as gj
+from gompertz_jax.models import vgg
 from gompertz_jax.models.layers import (
     BatchNorm,
     Draws,
@@ -23,9 +24,10 @@ from gompertz_jax.models.layers import (
     max_pool_2x2,
     mean_pool_3x3,
 )
-from gompertz_jax.models.mobilenet import InvertedResidual
+from gompertz_jax.models.mobilenet import InvertedResidual, _multiple_of_eight
 from gompertz_jax.models.resnet import BasicBlock, Bottleneck
-from gompertz_jax.models.wrn import PreactivationBlock
+from gompertz_jax.models.shufflenet import HalvingUnit, ShuffleUnit, SplitUnit
+from gompertz_jax.models.wrn import PreactivationBlock, WideResNet
 
 THIN = ["16@32", "16@32", "32@16", "64@8"]
 THIN_X4 = ["32@32", "64@32", "128@16", "256@8"]
@@ -230,6 +232,12 @@ def test_inverted_residual_is_the_numpy_block(stride, filters, relu6):
 
 def test_vgg_halves_large_images_once_more_and_refuses_the_smallest():
     assert shapes(abstract("vgg8"), size=64).features[-1].shape[1:3] == (4, 4)
+    assert shapes(abstract("vgg8"), size=63).features[-1].shape[1:3] == (7, 7)
+    network = abstract("vgg8")
+    for size, last in (((64, 32), (8, 4)), ((32, 64), (4, 8))):  # the shorter side counts
+        images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+        outputs = jax.eval_shape(lambda network, images: network.forward(images, train=False)[0], network, images)
+        assert outputs.features[-1].shape[1:3] == last
     with pytest.raises(ValueError, match="images must be at least 8x8 for VGG, got 7x7"):
         shapes(abstract("vgg8"), size=7)
 
@@ -485,6 +493,7 @@ def test_normalisation_by_mean_and_std():
         ("mobilenetv2", {"width": math.nan}, r"width must be a finite number, got nan"),
         ("resnet8", {"num_classes": 2**30}, r"num_classes=1073741824 and in_channels=3 give resnet8 .* parameters"),
         ("mobilenetv2", {"width": 0.0}, r"width must lie in \[1/16, 16\], got 0.0"),
+        ("mobilenetv2", {"width": 0.06}, r"width must lie in \[1/16, 16\], got 0.06"),
         ("resnet20", {"num_classes": 1}, r"num_classes must be an integer of at least 2, got 1"),
         ("resnet20", {"in_channels": 0}, r"in_channels must be a positive integer, got 0"),
         ("resnet20", {"dtype": jnp.int32}, r"dtype must be a floating dtype .* got 'int32'"),
@@ -696,3 +705,129 @@ def test_blocks_of_deep_networks_are_the_numpy_ones(block, reference, widens):
         module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
         got = jax.jit(lambda x: module(x, train=False))(jnp.asarray(x))
         np.testing.assert_allclose(got, reference(params, stats, x, stride), rtol=1e-10, atol=1e-12)
+
+
+def np_depthwise(x, kernel, stride=1):
+    channels = [np_conv(x[..., c : c + 1], kernel[..., c : c + 1], stride) for c in range(x.shape[-1])]
+    return np.concatenate(channels, axis=-1)
+
+
+def np_grouped(x, kernel, groups):
+    filters = np.split(kernel[0, 0], groups, -1)
+    return np.concatenate([a @ w for a, w in zip(np.split(x, groups, -1), filters, strict=True)], -1)
+
+
+def np_shuffle(x, groups):
+    size = x.shape[-1] // groups
+    return x[..., [group * size + place for place in range(size) for group in range(groups)]]
+
+
+def np_shuffle_unit(p, s, x, stride):
+    groups = 1 if x.shape[-1] == 24 else 3  # the stem's channels are too few for groups
+    y = np.maximum(np_norm(np_grouped(x, p["reduce"]["kernel"], groups), p["reduce_norm"], s["reduce_norm"], False), 0)
+    y = np_depthwise(np_shuffle(y, groups), p["depthwise"]["kernel"], stride)
+    y = np.maximum(np_norm(y, p["depthwise_norm"], s["depthwise_norm"], False), 0)
+    y = np_norm(np_grouped(y, p["expand"]["kernel"], 3), p["expand_norm"], s["expand_norm"], False)
+    if stride == 1:
+        return np.maximum(y + x, 0)
+    mean = np_depthwise(x, np.full((3, 3, 1, x.shape[-1]), 1 / 9), 2)
+    return np.maximum(np.concatenate([y, mean], -1), 0)
+
+
+def np_branch(p, s, x, stride):
+    y = np.maximum(np_conv_norm(x, p["first"], s["first"], False), 0)
+    y = np_norm(np_depthwise(y, p["depthwise"]["kernel"], stride), p["depthwise_norm"], s["depthwise_norm"], False)
+    return np.maximum(np_conv_norm(y, p["second"], s["second"], False), 0)
+
+
+def np_split_unit(p, s, x, stride):
+    kept, changed = np.split(x, 2, -1)
+    return np_shuffle(np.concatenate([kept, np_branch(p, s, changed, stride)], -1), 2)
+
+
+def np_halving_unit(p, s, x, stride):
+    left = np_depthwise(x, p["left_depthwise"]["kernel"], stride)
+    left = np_norm(left, p["left_depthwise_norm"], s["left_depthwise_norm"], False)
+    left = np.maximum(np_conv_norm(left, p["left"], s["left"], False), 0)
+    return np_shuffle(np.concatenate([left, np_branch(p, s, x, stride)], -1), 2)
+
+
+def np_vgg(p, s, x, depths):
+    features = []
+    for stage, depth in enumerate(depths, start=1):
+        if 1 < stage < 5:
+            batch, height, width, channels = x.shape
+            x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+        for index in range(1, depth + 1):
+            name = f"stage{stage}_conv{index}"
+            x = np_conv(x, p[name]["conv"]["kernel"]) + p[name]["conv"]["bias"]
+            x = np.maximum(np_norm(x, p[name]["norm"], s[name]["norm"], False), 0)
+        features.append(x)
+    return features, x.mean((1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def np_wide(p, s, x):
+    x, features = np_conv(x, p["stem"]["kernel"]), []
+    for stage in (1, 2, 3):
+        features.append(x)
+        name = f"stage{stage}_block1"
+        x = np_preactivation(p[name], s[name], x, 1 if stage == 1 else 2)
+    x = np.maximum(np_norm(x, p["last_norm"], s["last_norm"], False), 0)
+    return [*features, x], x.mean((1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def in_float64(module, x, seed=0):
+    """A module's values on images, its parameters and its statistics, with scales, biases and moments at random."""
+    rng = np.random.default_rng(seed)
+    graph, *kinds = nnx.split(module, nnx.Param, nnx.BatchStat)
+    params, stats = (
+        jax.tree.map(
+            lambda leaf: rng.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else np.asarray(leaf, np.float64),
+            nnx.to_pure_dict(kind),
+        )
+        for kind in kinds
+    )
+    module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
+    return jax.jit(lambda x: module(x, train=False))(jnp.asarray(x)), params, stats
+
+
+@pytest.mark.parametrize(
+    ("build", "reference", "channels", "stride"),
+    [
+        (partial(ShuffleUnit, 24, 12, stride=2), np_shuffle_unit, 24, 2),
+        (partial(ShuffleUnit, 12, 24, stride=2), np_shuffle_unit, 12, 2),
+        (partial(ShuffleUnit, 36, 36, stride=1), np_shuffle_unit, 36, 1),
+        (partial(SplitUnit, 6), np_split_unit, 6, 1),
+        (partial(HalvingUnit, 3, 8), np_halving_unit, 3, 2),
+    ],
+    ids=["v1, after the stem", "v1, halving", "v1", "v2", "v2, halving"],
+)
+def test_units_of_shufflenets_are_the_numpy_ones(build, reference, channels, stride):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = rng.normal(size=(2, 5, 6, channels))
+        got, params, stats = in_float64(build(draws=Draws(jnp.asarray(rng.normal(size=3000)))), x)
+        np.testing.assert_allclose(got, reference(params, stats, x, stride), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vgg", "wrn"])
+def test_plain_and_wide_networks_are_the_numpy_ones(name, monkeypatch):
+    monkeypatch.setattr(vgg, "_WIDTHS", (2, 3, 2, 4, 3))
+    rng, depths = np.random.default_rng(1), (1, 2, 1, 1, 2)
+    with jax.enable_x64(True):
+        x = rng.normal(size=(2, 8, 8, 3))
+        options = {"num_classes": 4, "in_channels": 3, "draws": Draws(jnp.asarray(rng.normal(size=100_000)))}
+        module = vgg.VGG(depths, **options) if name == "vgg" else WideResNet(10, 1, **options)
+        got, params, stats = in_float64(module, x)
+        features, logits = np_vgg(params, stats, x, depths) if name == "vgg" else np_wide(params, stats, x)
+        np.testing.assert_allclose(got.logits, logits, rtol=1e-9, atol=1e-11)
+        for ours, theirs in zip(got.features, features, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_widths_of_the_imagenet_mobilenet_are_multiples_of_eight_and_at_most_a_tenth_below():
+    for channels in np.arange(1.0, 400.0, 0.5):
+        multiples = 8 * np.arange(1, 60)
+        legal = multiples[multiples >= 0.9 * channels]
+        nearest = multiples[np.argmin(np.abs(multiples - channels) - 1e-9 * multiples)]  # of two, the larger
+        assert _multiple_of_eight(channels) == (nearest if nearest in legal else legal[0])
