@@ -290,6 +290,16 @@ def test_a_view_is_of_the_seed_its_number_and_the_image_alone():
     assert (whole[0] == other).all((1, 2, 3)).mean() < 5 / 50
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_views_that_are_not_moved_are_the_images_mirrored_only_where_told(flip):
+    images, _ = numbered()
+    seen = np.rint(255 * np.asarray(augmented_view(images, jnp.arange(200), 1, seed=3, padding=0, flip=flip)))
+    plain = np.asarray(images)
+    as_they_are = (seen == plain).all((1, 2, 3))
+    assert (as_they_are | (seen == plain[:, :, ::-1]).all((1, 2, 3))).all()
+    assert as_they_are.all() != flip
+
+
 def test_views_are_moved_and_mirrored_evenly():
     """By where the column that tells 2, and the first row, are found after a crop of one pixel of 3x3 images."""
     images = np.zeros((2000, 3, 3, 1), np.uint8)

@@ -8,6 +8,7 @@ from helpers import record
 
 import gompertz_jax as gj
 from gompertz_jax import objective as room
+from gompertz_jax import record as records
 from gompertz_jax import terms
 from gompertz_jax.training.config import get_default
 from gompertz_jax.training.objectives import build_objective, sampled
@@ -118,6 +119,13 @@ def test_malformed_parts_of_an_objective_are_told():
         ({"terms": (term._replace(gradient_stages=(1,)),)}, TypeError, "gradient_stages of the term 'ce' must be"),
         ({"projections": 3}, TypeError, "objective: projections must be projections by name, got 3"),
         ({"projections": {"last": gj.Projection}}, TypeError, "the projection 'last' must be one of"),
+        ({"terms": (term, term)}, ValueError, r"objective: term names must differ, got \['ce', 'ce'\]"),
+        (
+            {"terms": (term._replace(every_k_steps=0),)},
+            ValueError,
+            "objective: every_k_steps of the term 'ce' must be a positive integer, got 0",
+        ),
+        ({"progress": gj.Progress(decay=1.0)}, ValueError, r"objective: progress\.decay must be .*, got 1\.0"),
         ({"progress": 3}, TypeError, "objective: progress must be a Progress with a function to measure, got 3"),
     ):
         with pytest.raises(error, match=message):
@@ -140,6 +148,30 @@ def test_a_record_of_outputs_that_do_not_fit_is_refused():
     r = record()
     with pytest.raises(ValueError, match=r"student, for labels \(2,\), must have logits of floats .* B = 2, got "):
         record(labels=r.labels[:2])
+    two = jax.tree.map(lambda array: array[:2], r.teacher)
+    for teacher, part in ((two, "logits"), (r.teacher._replace(pooled=two.pooled), "pooled")):
+        with pytest.raises(ValueError, match=rf"teacher, for labels \(3,\), must have {part} of floats .* B = 3, got "):
+            record(teacher=teacher)
+
+
+def test_what_is_not_stored_of_a_teacher_is_told_by_its_name():
+    logits, pooled = jnp.zeros((3, 5)), jnp.ones((3, 2))
+    stored = records.StoredOutputs.of(logits)
+    for what, read in (
+        ("maps", lambda: stored.features),
+        ("pooled vectors", lambda: stored.pooled),
+        ("gradients", lambda: records.no_pullback(logits)),
+    ):
+        with pytest.raises(records.NotStored, match=f"the teacher's {what} are read, and are not among") as told:
+            read()
+        assert told.value.what == what
+    assert records.StoredOutputs.of(logits, pooled).pooled is pooled
+
+
+def test_a_term_reads_the_progress_also_where_only_its_temperature_does():
+    driven = gj.by_progress(gj.linear_schedule(1, start=8, end=2))
+    term = gj.Term("kd", gj.constant_schedule(1.0), terms.soft_targets, {"temperature": driven})
+    assert term.reads_progress() and not term._replace(schedules={}).reads_progress()
 
 
 def test_the_objectives_defaults_are_those_of_the_configs():
@@ -148,3 +180,9 @@ def test_the_objectives_defaults_are_those_of_the_configs():
     assert ours.keys() == theirs.keys()
     for name, term in ours.items():
         np.testing.assert_allclose(sampled(term.weight, 40), sampled(theirs[name].weight, 40), rtol=1e-6)
+        for key, schedule in term.schedules.items():
+            values = sampled(theirs[name].schedules[key], 40)
+            np.testing.assert_allclose(sampled(schedule, 40), values, rtol=1e-6, err_msg=f"{name}.{key}")
+    config = get_default()
+    config.objective.curve = "progress(gompertz())"
+    assert build_objective(config, 40).progress == gj.Progress()

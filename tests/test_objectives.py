@@ -111,6 +111,8 @@ def test_objective_of_a_config_carries_weights_schedules_and_projections():
         ("objective.terms.extra", 3, "must be a group of keys"),
         ("objective.terms.gradient.every_k_steps", 0, "every_k_steps = 0 must be a whole number of at least 1"),
         ("objective.terms.kd.every_k_steps", 1.5, "every_k_steps = 1.5 must be a whole number"),
+        ("objective.terms.kd.every_k_steps", True, "every_k_steps = True must be a whole number"),
+        ("objective.terms.kd.weight", "3e38 * 3e38 * linear(since=0.5)", "kd.weight = .* is not finite at step 0"),
         ("objective.terms.ce.every_k_steps", 2, "the cross-entropy is computed at every step"),
     ],
 )
@@ -195,3 +197,23 @@ def test_a_loss_without_a_weight_has_its_published_one_and_its_own_projection():
     assert objective.projections == {"hint": Regressor(2, 2), "classes": ClassDistances()}
     config.objective.projections.hint = ml_collections.ConfigDict({"student_stage": 1})
     assert room.build_objective(config, 240).projections["hint"] == Regressor(1, 2)
+
+
+def test_what_a_term_is_given_in_the_config_reaches_it():
+    config = get_default()
+    options = {"target": "random", "images": 2, "stages": (1, 2)}
+    config.objective.terms.gradient.update(options)
+    config.recipe.label_smoothing = 0.1
+    config.objective.terms.own = {"loss": "cross_entropy", "label_smoothing": 0.3}
+    terms = {term.name: term for term in room.build_objective(config, 10).terms}
+    assert terms["gradient"].gradient_stages == (1, 2)
+    assert options.items() <= terms["gradient"].loss.keywords.items()
+    assert terms["gradient"].of_teacher.keywords == terms["gradient"].loss.keywords
+    assert [terms[name].of_teacher for name in ("ce", "kd", "wasserstein")] == [None] * 3
+    assert [terms[name].loss.keywords["label_smoothing"] for name in ("ce", "own")] == [0.1, 0.3]
+
+
+def test_the_published_feature_loss_of_wkd_keeps_the_students_size():
+    config = get_default()
+    config.objective.terms = ml_collections.ConfigDict({"wkd": {"loss": "wasserstein_features"}})
+    assert room.build_objective(config, 240).projections == {"width": Regressor(-1, -1, resize=False)}

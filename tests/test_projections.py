@@ -1,5 +1,7 @@
 """Projections against loops in float64 NumPy, their derivatives and statistics, and their use inside a scan."""
 
+import itertools
+import math
 from functools import cache, partial
 
 import jax
@@ -262,8 +264,10 @@ def test_the_linear_projection_and_the_standardised_teacher():
 def test_the_regressors_forms(pair, kernel, form):
     student, teacher = networks(pair)
     projection = KINDS["regressor"]
-    _, params, stats = started("regressor", pair)
+    fresh, params, stats = started("regressor", pair)
     assert params["kernel"].shape == kernel
+    numbers = jax.random.normal(KEY, (math.prod(kernel),), jnp.float32).reshape(kernel)
+    np.testing.assert_allclose(fresh["kernel"], numbers * math.prod(kernel[:3]) ** -0.5, rtol=1e-6)
     assert projection.describe(student, teacher) == f"{form}, BatchNorm, ReLU"
     (ours, theirs, _), _ = trained(projection, params, stats, student, teacher)
     x, k = wide(student.features[2]), wide(params["kernel"])
@@ -285,6 +289,10 @@ def test_the_variational_head():
     assert stats == {} and projection.stages(student, teacher) == ((1, 1), (2, 2))
     ((_, (_, variance)), _, _), _ = trained(projection, fresh, stats, student, teacher)
     np.testing.assert_allclose(variance, 5.0, rtol=1e-5)
+    for index in (0, 1):  # as wide as the teacher within
+        wide_ones = teacher.features[index + 1].shape[-1]
+        layers = [fresh[f"pair{index}"][f"kernel{layer}"].shape[-1] for layer in range(3)]
+        assert layers == [wide_ones] * 3
 
     (predicted, targets, _), _ = trained(projection, params, stats, student, teacher)
     halves = lambda a: a.reshape(3, 8, 2, 8, 2, -1).mean((2, 4))  # noqa: E731
@@ -382,6 +390,32 @@ def test_teacher_statistics_are_those_of_all_batches_together_and_survive_a_dead
     np.testing.assert_allclose(measured["last"]["teacher_std"], deep.std((0, 1, 2)), rtol=1e-5)
     np.testing.assert_array_equal(measured["last"]["mean"], 7.0)
     assert measured["hint"] is fresh["hint"]
+
+
+def test_a_teachers_channels_far_from_zero_are_measured_exactly_and_a_dead_layer_keeps_its_scale():
+    """The variance is the small difference of two large moments, which float32 would lose."""
+    rng = np.random.default_rng(8)
+    maps = (1000.0 + rng.normal(size=(50, 4, 4, 2))).astype(np.float32)
+    for teacher_maps, mean, deviation in (
+        (maps, wide(maps).mean((0, 1, 2)), wide(maps).std((0, 1, 2))),
+        (np.zeros_like(maps), np.zeros(2), np.ones(2)),
+    ):
+        outputs = gj.Outputs(jnp.zeros((50, 2)), (jnp.asarray(teacher_maps),), jnp.zeros((50, 2)))
+        fresh = {"last": {"teacher_mean": jnp.zeros(2), "teacher_std": jnp.ones(2)}}
+        found = room.measure_teacher({"last": room.Projection()}, fresh, [(outputs, np.zeros(50))])["last"]
+        np.testing.assert_allclose(found["teacher_mean"], mean, rtol=1e-6)
+        np.testing.assert_allclose(found["teacher_std"], deviation, rtol=1e-5)
+
+
+def test_every_projection_begins_with_numbers_of_its_own_whatever_the_order_of_the_config():
+    student, teacher = networks("odd")
+    kinds = {name: room.Projection() for name in ("b", "a", "c")}
+    params, _ = room.init_projections(kinds, student, teacher, KEY)
+    kernels = [np.asarray(params[name]["kernel"]) for name in "abc"]
+    for one, other in itertools.combinations(kernels, 2):
+        assert (one != other).all()
+    again, _ = room.init_projections(dict(sorted(kinds.items())), student, teacher, KEY)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_class_distances_are_those_of_the_classes_mean_pooled_vectors():

@@ -100,6 +100,24 @@ def test_arms_that_differ_in_the_kind_of_a_projection_are_two_groups():
     assert [group.arms for group in grouped(arms)] == [(0, 2), (1,)]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"terms": (CE, KD._replace(every_k_steps=2))},
+        {"terms": (CE, KD._replace(gradient_stages=(0, 0)))},
+        {"terms": (CE, KD._replace(distils=False))},
+        {"terms": (CE, KD._replace(name="other"))},
+        {"terms": (CE, KD._replace(loss=partial(terms.soft_targets, standardize=True)))},
+        {"progress": gj.Progress()},
+        {"progress": gj.Progress(decay=0.5)},
+    ],
+    ids=["how often", "at which stages", "whether it distils", "its name", "its options", "progress", "its decay"],
+)
+def test_arms_that_differ_in_what_is_computed_are_two_groups(change):
+    arm = gj.Objective((CE, KD))
+    assert [group.arms for group in grouped([arm, arm._replace(**change), arm])] == [(0, 2), (1,)]
+
+
 def test_options_of_a_loss_may_be_keys_and_tables():
     def arm(seed):
         options = {"key": jax.random.key(seed), "table": {1: 2, "a": (3, [4])}}
