@@ -209,6 +209,12 @@ def test_missing_unexpected_and_mismatched_tensors_are_told_at_once():
     ]
 
 
+def test_what_pytorch_counts_beside_its_statistics_is_left_out():
+    counts = {f"{name}.num_batches_tracked": np.int64(7) for name in ("bn1", "layer1.0.bn1")}
+    imported = torch_layouts.from_state_dict(state() | counts, "resnet8", mean=0.5, std=0.25)
+    jax.tree.map(np.testing.assert_array_equal, imported.network.params, resnet8().params)
+
+
 @pytest.mark.parametrize("stem", ["strided", "cifar", "imagenet"])
 def test_a_stem_that_shapes_cannot_tell_is_taken_as_given(stem):
     shapes = jax.eval_shape(

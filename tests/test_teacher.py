@@ -9,10 +9,10 @@ import pytest
 
 import gompertz_jax as gj
 from gompertz_jax.training import networks
-from gompertz_jax.training import teacher as room
 from gompertz_jax.training.data import Dataset, Split
 from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.sharding import data_mesh
+from gompertz_jax.training.teacher import gate
 
 SPEC = {"model": "resnet8", "options": {}, "dtype": "float32"}
 
@@ -48,13 +48,20 @@ def of_normalised_images(dimmed=1.0):
 
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_good_teacher_passes_with_its_accuracy(validation):
-    assert room.gate(brightness(), dataset(validation), floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+    for floor in (0.9, 1.0):  # the floor itself is enough
+        assert gate(brightness(), dataset(validation), floor=floor, origin="here", mesh=data_mesh()) == 1.0
 
 
 @pytest.mark.parametrize(
     ("teacher", "floor", "message"),
     [
         (brightness(float("nan")), 0.0, r"1 of 1 numbers of \['params'\]\['weight'\] are NaN or infinite; train it"),
+        (brightness(float("-inf")), 0.0, r"1 of 1 numbers of \['params'\]\['weight'\] are NaN or infinite"),
+        (
+            brightness().replace(stats={"var": jnp.array([1.0, jnp.nan, jnp.inf])}),
+            0.0,
+            r"2 of 3 numbers of \['stats'\]\['var'\] are NaN or infinite",
+        ),
         (
             brightness(0.0),
             0.0,
@@ -62,25 +69,27 @@ def test_a_good_teacher_passes_with_its_accuracy(validation):
         ),
         (of_normalised_images(0.8), 0.9, "75.0% .* under the floor teacher.min_accuracy = 90.0%"),
     ],
-    ids=["nan", "untrained", "weak"],
+    ids=["nan", "infinite", "statistics", "untrained", "weak"],
 )
 def test_a_broken_or_weak_teacher_is_refused(teacher, floor, message):
     with pytest.raises(RunError, match=message):
-        room.gate(teacher, dataset(), floor=floor, origin="here", mesh=data_mesh())
+        gate(teacher, dataset(), floor=floor, origin="here", mesh=data_mesh())
 
 
 def test_a_normalisation_that_is_not_the_teachers_is_seen_by_its_accuracy():
     """A teacher of normalised images classifies worse without that; one that is right without passes as it is."""
     right = of_normalised_images()
-    assert room.gate(right, dataset(), floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+    assert gate(right, dataset(), floor=0.9, origin="here", mesh=data_mesh()) == 1.0
     wrong = right.replace(mean=np.float32([0.0]), std=np.float32([1.0]))
     with pytest.raises(RunError, match=r"own normalisation \(mean \[0.\], std \[1.\]\) and 100.0% with that of bright"):
-        room.gate(wrong, dataset(), floor=0.0, origin="here", mesh=data_mesh())
+        gate(wrong, dataset(), floor=0.0, origin="here", mesh=data_mesh())
 
 
 def test_a_saved_network_comes_back_to_the_bit_with_its_normalisation(tmp_path):
     network = networks.network_from(SPEC, dataset(), seed=3)
     networks.save_network(tmp_path, network, networks.network_card(SPEC, dataset()))
+    assert networks.network_fault(tmp_path) is None
+    assert networks.read_card(tmp_path)["dataset"] == "bright"
     loaded = networks.load_network(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, (loaded.params, loaded.stats), (network.params, network.stats))
     images = jnp.linspace(0, 1, 2 * 64).reshape(2, 8, 8, 1)
@@ -102,6 +111,10 @@ def test_a_network_computes_in_the_dtype_that_its_config_names(dtype):
 def test_fingerprints_tell_networks_apart():
     one, same, other = (networks.network_from(SPEC, dataset(), seed=seed) for seed in (3, 3, 4))
     assert networks.fingerprint(one) == networks.fingerprint(same) != networks.fingerprint(other)
+    # Its statistics and its normalisation are a part of what it says.
+    shifted = jax.tree.map(lambda leaf: leaf + 1, one.stats)
+    for changed in (one.replace(stats=shifted), one.replace(mean=one.mean + 0.1), one.replace(std=2 * one.std)):
+        assert networks.fingerprint(changed) != networks.fingerprint(one)
 
 
 def test_what_is_no_network_is_refused(tmp_path):
@@ -126,6 +139,7 @@ def test_models_load_refuses_what_is_missing_or_damaged(tmp_path):
     )
     data = max((tmp_path / networks.ARRAYS).rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1])
+    assert "was altered or cut off" in networks.network_fault(tmp_path)
     with pytest.raises(ValueError, match=r"network is damaged or no checkpoint: .* was altered or cut off"):
         gj.models.load(tmp_path)
 
@@ -138,9 +152,9 @@ def test_options_that_a_model_does_not_take_are_refused_by_name():
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_good_teacher_of_few_classes_passes_and_guessing_does_not(classes):
     few = dataset(classes=classes)
-    assert room.gate(brightness(classes=classes), few, floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+    assert gate(brightness(classes=classes), few, floor=0.9, origin="here", mesh=data_mesh()) == 1.0
     with pytest.raises(RunError, match="its weights are untrained"):
-        room.gate(brightness(0.0, classes), few, floor=0.0, origin="here", mesh=data_mesh())
+        gate(brightness(0.0, classes), few, floor=0.0, origin="here", mesh=data_mesh())
 
 
 def test_a_teacher_that_always_answers_the_largest_class_is_refused():
@@ -148,7 +162,7 @@ def test_a_teacher_that_always_answers_the_largest_class_is_refused():
     split = Split(np.zeros((200, 8, 8, 1), np.uint8), labels)
     unequal = dataclasses.replace(dataset(), train=split, validation=split)
     with pytest.raises(RunError, match=r"classifies 40.0% of the held-out images, and guessing 40.0%"):
-        room.gate(brightness(), unequal, floor=0.0, origin="here", mesh=data_mesh())
+        gate(brightness(), unequal, floor=0.0, origin="here", mesh=data_mesh())
 
 
 @pytest.mark.parametrize("validation", [True, False])
@@ -157,4 +171,20 @@ def test_images_of_one_class_are_not_the_teachers_fault(validation):
     one = dataclasses.replace(dataset(), train=split, validation=split if validation else None)
     which = "held-out images" if validation else "training images that it is judged on"
     with pytest.raises(RunError, match=f"^all 5 {which} are of class 'c', .*data.split_seed"):
-        room.gate(brightness(), one, floor=0.0, origin="here", mesh=data_mesh())
+        gate(brightness(), one, floor=0.0, origin="here", mesh=data_mesh())
+
+
+def test_a_teacher_is_judged_on_the_held_out_images_and_as_it_is():
+    """Not on those it was trained on; and where another normalisation is as good, its own one stays."""
+    right = dataset(classes=2)
+    wrong = right.train._replace(labels=1 - right.train.labels)
+    unlike = dataclasses.replace(right, train=wrong)
+    assert gate(brightness(classes=2), unlike, floor=0.9, origin="here", mesh=data_mesh()) == 1.0
+
+    def apply(params, stats, images, *, train, key=None):
+        level = images.mean((1, 2, 3))
+        brighter = (level > level.mean()).astype(jnp.float32)  # than the others, on whatever scale
+        return gj.Outputs(jnp.stack([1 - brighter, brighter], -1), (images,), images.mean((1, 2))), stats
+
+    relative = brightness(classes=2).replace(apply=apply)
+    assert gate(relative, right, floor=0.9, origin="here", mesh=data_mesh()) == 1.0

@@ -143,6 +143,12 @@ def test_the_gradient_at_a_stage_is_compared_as_contributions_at_the_smaller_siz
     for stages in ((1, 1), (-1, -1)):
         value = terms.gradient_match(r, pool=1, stages=stages)
         np.testing.assert_allclose(value, 1 - cosine, rtol=1e-4, atol=1e-5)
+    # another stage of each: 4x4x6 in the student, as large as the teacher's
+    ours = (np.asarray(r.student.features[0], np.float64) * r.student_pullback(top, stage=0)).sum(-1)
+    theirs = (np.asarray(r.teacher.features[1], np.float64) * r.teacher_pullback(top, stage=1)).sum(-1)
+    expected = ((ours - theirs) ** 2).sum((1, 2))
+    value = terms.gradient_match(r, pool=1, kind="l2", stages=(0, 1))
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -241,12 +247,18 @@ def test_transport_takes_other_costs_soft_marginals_and_classes():
     by_class, _ = terms.wasserstein(r, cloud="class")
     # three labels, three images: the plan is the identity
     np.testing.assert_allclose(by_class, jnp.square(x.mean(1) - y.mean(1)).sum(-1).mean(), rtol=1e-5)
+    a, b = (np.asarray(cloud, np.float64).mean(1) for cloud in (x, y))
+    cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    by_class, _ = terms.wasserstein(r, cloud="class", cost="cosine")
+    np.testing.assert_allclose(by_class, (1 - cosines).mean(), rtol=1e-5)
     for cloud in ("image", "batch", "class"):
         strict, loose = (terms.wasserstein(r, cloud=cloud, threshold=t)[1]["iterations"] for t in (1e-6, 0.5))
         assert np.all(np.asarray(loose) == 5) and np.all(np.asarray(strict) >= loose), cloud
         assert cloud == "class" or np.all(np.asarray(strict) > 5)
     with pytest.raises(ValueError, match="cloud='class' takes neither debiased nor marginal_penalty"):
         terms.wasserstein(r, cloud="class", debiased=True)
+    with pytest.raises(ValueError, match="cloud='class' takes neither debiased nor marginal_penalty"):
+        terms.wasserstein(r, cloud="class", marginal_penalty=1.0)
 
 
 def test_labels_are_smoothed_by_the_term_and_by_both_objectives():
