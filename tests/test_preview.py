@@ -20,14 +20,14 @@ def test_the_default_curve_is_read_in_closed_form():
     reading = shown.summaries["curve"]
     tau = np.array(QUARTERS)
     np.testing.assert_allclose(reading.at_quarters, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
-    np.testing.assert_allclose(reading.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
-    np.testing.assert_allclose(reading.steepest, np.log(5) / 8, atol=2e-3)
+    np.testing.assert_allclose(summary.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
+    np.testing.assert_allclose(summary.steepest, np.log(5) / 8, atol=2e-3)
     fine = (np.arange(100_000) + 0.5) / 100_000
     rate = 1 + np.cos(np.pi * fine)
     np.testing.assert_allclose(
-        reading.weighted_area, (np.exp(-5 * np.exp(-8 * fine)) * rate).sum() / rate.sum(), atol=1e-3
+        summary.weighted_area, (np.exp(-5 * np.exp(-8 * fine)) * rate).sum() / rate.sum(), atol=1e-3
     )
-    assert reading.direction == "rises"
+    assert summary.direction == "rises"
     assert shown.summaries["ce"].direction == "constant" and shown.summaries["ce"].steepest is None
     assert shown.summaries["kd"] == reading
     assert set(shown.values) == {
@@ -79,9 +79,9 @@ def test_a_picture_of_several_schedules_is_in_percent_and_a_negative_weight_is_t
 )
 def test_direction_and_steepest_point(curve, direction, steepest):
     reading = room.preview(config(curve)).summaries["curve"]
-    assert reading.direction == direction
+    assert summary.direction == direction
     if direction != "turns":
-        assert reading.steepest == (None if steepest is None else pytest.approx(steepest, abs=3e-3))
+        assert summary.steepest == (None if steepest is None else pytest.approx(steepest, abs=3e-3))
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_a_schedule_of_any_size_and_of_any_number_of_steps_is_read_alike(factor)
     """float32 rounds more than two of a million steps differ by."""
     for steps in (500, 1_000_000):
         tau = np.arange(steps) / steps
-        reading = room.read(np.float32(factor * np.exp(-5 * np.exp(-8 * tau))), 1 - tau)
-        assert reading.direction == "rises"
-        assert reading.steepest == pytest.approx(np.log(5) / 8, abs=3e-3)
+        summary = room.schedule_summary(np.float32(factor * np.exp(-5 * np.exp(-8 * tau))), 1 - tau)
+        assert summary.direction == "rises"
+        assert summary.steepest == pytest.approx(np.log(5) / 8, abs=3e-3)
         values = factor * np.exp(-5 * np.exp(-8 * tau))
-        assert reading.area == pytest.approx(values.mean(), rel=1e-5)
-        assert reading.weighted_area == pytest.approx((values * (1 - tau)).sum() / (1 - tau).sum(), rel=1e-5)
-    assert room.read(np.array([1.0, 3.0]), np.zeros(2)).weighted_area == 2.0  # where the rate says nothing
+        assert summary.area == pytest.approx(values.mean(), rel=1e-5)
+        assert summary.weighted_area == pytest.approx((values * (1 - tau)).sum() / (1 - tau).sum(), rel=1e-5)
+    assert room.schedule_summary(np.array([1.0, 3.0]), np.zeros(2)).weighted_area == 2.0  # where the rate says nothing
 
 
 def test_an_area_within_a_hundredth_of_the_control_s_is_equal():

@@ -155,7 +155,7 @@ def test_card_lists_a_teacher_only_where_there_is_one(tmp_path):
 
 
 def test_forty_arms_look_different():
-    assert len({tuple(report.line_of(number).items()) for number in range(40)}) == 40
+    assert len({tuple(report.arm_style(number).items()) for number in range(40)}) == 40
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_the_one_before_it(tmp_path):

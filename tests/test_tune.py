@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import small_config
 
+from gompertz_jax import report
 from gompertz_jax import tune as room
 from gompertz_jax.arms import arm
 from gompertz_jax.training.data import Dataset
@@ -189,6 +190,6 @@ def test_what_is_tried_is_drawn_for_each_arm_from_its_own_points_of_the_seed(tmp
 def test_a_search_tells_every_arm_s_three_best_and_the_best_config_its_accuracy():
     ranked = [{"trial": n, "values": {"kd.weight": 0.5}, "validation_accuracy": 0.9 - 0.1 * n} for n in range(5)]
     result = {"tuned": {"kd": ranked}, "trials": 5, "search": "sobol", "seeds": [0]}
-    assert [row[1:3] for row in room.best_trials(result)[1:]] == [("0", "90.00"), ("1", "80.00"), ("2", "70.00")]
+    assert [row[1:3] for row in report.best_trials(result)[1:]] == [("0", "90.00"), ("1", "80.00"), ("2", "70.00")]
     source = room.config_source("kd", ranked, small_config())
     assert source.startswith('"""The arm \'kd\': the best of 5 trials by validation (90.00%).')
