@@ -146,7 +146,8 @@ class Regressor(NamedTuple):
     Attributes:
       student_stage: index into `Outputs.features`; -1 is the map that is pooled.
       teacher_stage: the same in the teacher.
-      resize: False for a 1x1 convolution that keeps the student's size, whatever the teacher's, as in WKD-F.
+      resize: False for a 1x1 convolution that keeps the student's size, whatever the teacher's: as in WKD-F for equal
+        sizes; where they differ, its code's projector resizes, as with True.
     """
 
     student_stage: int = 2

@@ -192,7 +192,7 @@ def test_a_loss_without_a_weight_has_its_published_one_and_its_own_projection():
     weights = {term.name: room.sampled(term.weight, 240) for term in objective.terms}
     np.testing.assert_allclose(weights["hint"], 100.0)
     np.testing.assert_allclose(weights["at"], 1000.0)
-    expected = 800 * 0.5 * (1 + np.cos(np.pi * np.clip((np.arange(240) - 150) / 90, 0, 1)))
+    expected = 600 * 0.5 * (1 + np.cos(np.pi * np.clip((np.arange(240) - 150) / 90, 0, 1)))
     np.testing.assert_allclose(weights["wkd"], expected, rtol=1e-4, atol=1e-3)
     assert objective.projections == {"hint": Regressor(2, 2), "classes": ClassDistances()}
     config.objective.projections.hint = ml_collections.ConfigDict({"student_stage": 1})

@@ -74,11 +74,12 @@ def wasserstein_gaussians(
     with the mean and the standard deviation of every channel over the positions of a cell of the `g x g` grid, summed
     over the channels (`gaussian_wasserstein` for one cell and :math:`\gamma = 1`). The teacher receives no gradient.
 
-    Published: :math:`\gamma` 4, one cell and the weight .006 (ResNet-32x4 to ResNet-8x4 on CIFAR-100, the last map, the
+    Published: :math:`\gamma` 4, one cell and the weight .08 (ResNet-32x4 to ResNet-8x4 on CIFAR-100, the last map, the
     student's through a 1 x 1 convolution, BatchNorm and ReLU; the weight decays by a half cosine after epoch 150 of
-    240); for ImageNet :math:`\gamma` 2. Where the number of channels differs, such a projection has to come first;
-    heights and widths may differ. The reference code takes the unbiased variance and adds 1e-5 to it; here it is the
-    biased one with nothing added, and a channel constant over a cell has the derivative 0 there.
+    240); for ImageNet :math:`\gamma` 2. Where the number of channels differs, such a projection has to come first.
+    Heights and widths may differ here; the reference code's projection gives the student's map the teacher's size
+    (`Regressor`). That code takes the unbiased variance and adds 1e-5 to it; here it is the biased one with nothing
+    added, and a channel constant over a cell has the derivative 0 there.
 
     Args:
       student_map: the student's maps, `[B, h, w, c]`.
@@ -101,8 +102,9 @@ def wasserstein_gaussians(
 
     References:
       Lv, Yang and Li, Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation, 2024,
-      https://arxiv.org/abs/2412.08139; the published numbers are from `configs/cifar100/wkd_f` and
-      `mdistiller/engine/cfg.py` of its code.
+      https://arxiv.org/abs/2412.08139. The authors' repository could not be read, only copies of it. The numbers are
+      those of `configs/cifar100/wkd_f` in Changhy26/WKL. hanna6666/wassterin_dill has .08, :math:`\gamma` 8, where
+      WKD-L is added, and :math:`\gamma` 2 for ImageNet; hainn2803/WKD has .006 and .008 under names of its own runs.
     """
     shape, other = student_map.shape, teacher_map.shape
     if len(other) != 4 or (shape[0], shape[3]) != (other[0], other[3]):

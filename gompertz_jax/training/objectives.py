@@ -68,10 +68,8 @@ LOSSES: dict[str, Loss] = {
     "contrastive_representation": Loss(terms.contrastive_representation, "0.8", kinds.Embedding()),
     "wasserstein": Loss(terms.wasserstein, "", kinds.Projection()),
     "gaussian": Loss(terms.gaussian, "", kinds.Projection()),
-    "wasserstein_features": Loss(
-        terms.wasserstein_features, f"0.006 * {_DECAY}", kinds.Regressor(-1, -1, resize=False)
-    ),
-    "wasserstein_logits": Loss(terms.wasserstein_logits, f"800 * {_DECAY}", kinds.ClassDistances()),
+    "wasserstein_features": Loss(terms.wasserstein_features, f"0.08 * {_DECAY}", kinds.Regressor(-1, -1, resize=False)),
+    "wasserstein_logits": Loss(terms.wasserstein_logits, f"600 * {_DECAY}", kinds.ClassDistances()),
     "target_cross_entropy": Loss(terms.target_cross_entropy, "1"),
     "gradient_match": Loss(terms.gradient_match, ""),
     "jacobian": Loss(terms.jacobian, "0.0065"),
