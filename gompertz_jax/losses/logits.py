@@ -91,8 +91,10 @@ def multi_temperature_kl(
       Jin, Wang and Lin, Multi-Level Logit Distillation, 2023,
       https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html.
       Published weight: 0.9 on each level, beside 0.1 on the cross-entropy (the authors' code, CIFAR-100). The code
-      trains on a weakly and a strongly augmented view of every image and halves the weak view's terms (a mask over the
-      half of the batch of which the teacher is less sure multiplies a value that is a mean already).
+      trains on a weakly and a strongly augmented view of every image. Of this level, it has the strong view at T = 3,
+      4, 5 alone, whole, and the weak view at half weight there and at 1.5 at T = 2 and 6: a mask over the half of the
+      batch of which the teacher is less sure multiplies a value that is a mean already, and two of the strong view's
+      terms read the weak view's logits.
     """
     if len(temperatures) == 0:
         raise ValueError(f"temperatures must have at least one number, got {temperatures!r}")
