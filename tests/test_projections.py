@@ -293,6 +293,11 @@ def test_the_variational_head():
         wide_ones = teacher.features[index + 1].shape[-1]
         layers = [fresh[f"pair{index}"][f"kernel{layer}"].shape[-1] for layer in range(3)]
         assert layers == [wide_ones] * 3
+    wide_map = gj.Outputs(jnp.zeros((1, 9)), (jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 200))), jnp.zeros((1, 200)))
+    drawn, _ = room.VariationalRegressor(hidden=100).init(KEY, wide_map, wide_map)
+    for name, fan_in in (("kernel0", 200), ("kernel1", 100), ("kernel2", 100)):
+        # uniform within 1 / sqrt(fan-in), PyTorch's default, has a third of 1 / fan-in as its variance
+        assert np.std(drawn["pair0"][name]) == pytest.approx((3 * fan_in) ** -0.5, rel=0.03)
 
     (predicted, targets, _), _ = trained(projection, params, stats, student, teacher)
     halves = lambda a: a.reshape(3, 8, 2, 8, 2, -1).mean((2, 4))  # noqa: E731
