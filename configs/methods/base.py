@@ -6,7 +6,8 @@
 `cifar100` is ResNet-32x4 -> ResNet-8x4, 240 epochs, batch 64, learning rate 0.05 times 0.1 at 150, 180 and 210, weight
 decay 5e-4 (Tian, Krishnan, Isola, 2020, https://arxiv.org/abs/1910.10699), but for Nesterov's momentum and 5,000
 held-out images (`docs/coming_from.md` has the flags that undo both); on it the teacher is published at 79.42 %, the
-student alone at 72.50 %. Weights are constant, as published; under the Gompertz curve they are, for instance,
+student alone at 72.50 %. Weights are as published: constant, but for DKD's and ReviewKD's, which rise at first, and
+those of WKD-L and WKD-F, which fall at the end; under the Gompertz curve they are, for instance,
 `--config.objective.terms.at.weight='1000 * curve'`.
 """
 

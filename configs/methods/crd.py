@@ -2,7 +2,8 @@
 
     python train.py --config configs/methods/crd.py[:cifar100]
 
-Published on cifar100: 75.51 % with a memory bank of 16,384 negatives (see `configs/methods/base.py`).
+Published on cifar100: 75.51 % with 16,384 negatives for each image, drawn from a memory bank of the whole
+training set (see `configs/methods/base.py`).
 """
 
 from configs.methods.base import add, start

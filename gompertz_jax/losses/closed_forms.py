@@ -78,8 +78,10 @@ def wasserstein_gaussians(
     student's through a 1 x 1 convolution, BatchNorm and ReLU; the weight decays by a half cosine after epoch 150 of
     240); for ImageNet :math:`\gamma` 2. Where the number of channels differs, such a projection has to come first.
     Heights and widths may differ here; the reference code's projection gives the student's map the teacher's size
-    (`Regressor`). That code takes the unbiased variance and adds 1e-5 to it; here it is the biased one with nothing
-    added, and a channel constant over a cell has the derivative 0 there.
+    (`Regressor`). Its last map in MobileNetV2 and ShuffleNetV2 is that before the last 1x1 convolution, stage -2 here;
+    in the wide residual networks it is that before the last normalisation and ReLU, no stage here. It takes the
+    unbiased variance and adds 1e-5 to it; here it is the biased one with nothing added, and a channel constant over a
+    cell has the derivative 0 there.
 
     Args:
       student_map: the student's maps, `[B, h, w, c]`.

@@ -121,7 +121,8 @@ def attention_transfer(
     References:
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, https://arxiv.org/abs/1612.03928. Published
       weight: 1000, on the sum over all stages after the stem (the paper's beta; RepDistiller's script and mdistiller's
-      defaults too). The paper writes the absolute value, its code the bare power: they differ for odd powers of maps
+      defaults too). The paper has beta / 2 times the norms, without a square; its code takes the mean of the squares,
+      as here. The paper writes the absolute value, its code the bare power: they differ for odd powers of maps
       that can be negative.
     """
     student, teacher = to_one_size(student_map, jax.lax.stop_gradient(teacher_map))

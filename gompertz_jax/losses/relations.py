@@ -166,7 +166,9 @@ def similarity_preserving(
 
     References:
       Tung and Mori, Similarity-Preserving Knowledge Distillation, 2019, https://arxiv.org/abs/1907.09682. Published
-      weight: 3000, on the last maps before the pooling (the paper, RepDistiller's script, mdistiller's defaults).
+      weight: 3000, on the last maps before the pooling (the paper, RepDistiller's script, mdistiller's defaults). In
+      MobileNetV2 and ShuffleNetV2 those two take the map before the last 1x1 convolution, stage -2 here; in the wide
+      residual networks that before the last normalisation and ReLU, which is no stage here.
     """
     student, teacher = _vectors(student_features, teacher_features)
     student, teacher = (unit_vectors(matmul(a, a.T)) for a in (_to_unit_scale(student), _to_unit_scale(teacher)))
@@ -267,8 +269,9 @@ def relational_distance(
     References:
       Park et al., Relational Knowledge Distillation, 2019, https://arxiv.org/abs/1904.05068. Published weight: 25, on
       pooled features, together with 50 on `relational_angle` (the paper's 1 to 2; the figures are those of RepDistiller
-      and mdistiller). The reference code takes the mean over all B^2 pairs, as here, those of an image with itself
-      included.
+      and mdistiller). They are the authors' defaults for classification too, where the features are brought to unit
+      norm first and soft targets are added (T 4, weight 16 without a factor T^2). The reference code takes the mean
+      over all B^2 pairs, as here, those of an image with itself included.
     """
     student, teacher = _vectors(student_features, teacher_features)
     student, teacher = _relative_distances(_to_unit_scale(student)), _relative_distances(_to_unit_scale(teacher))
@@ -353,7 +356,8 @@ def probabilistic_transfer(
       Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, 2018,
       https://arxiv.org/abs/1803.10837. Published weight: 30000, on pooled features (RepDistiller's script, mdistiller's
       defaults). Their code, the authors', takes the mean over all B^2 pairs where the paper sums: hence the 1 / B here
-      and the size of the weight.
+      and the size of the weight. It adds epsilon to the norms of the features, too; here they are divided by as they
+      are.
     """
     student, teacher = (unit_vectors(a) for a in _vectors(student_features, teacher_features))
 
