@@ -399,6 +399,43 @@ def test_the_minimum_over_the_student_is_near_the_teacher():
     assert abs(found - wanted).sum() < 0.1 < abs(0.2 - wanted).sum()
 
 
+def test_ten_iterations_fade_near_the_teacher_where_convergence_does_not():
+    """The table of docs/wasserstein.md: gradients of WKD-L here, and of its reference code at the same costs."""
+    classes, temperature, random = 100, 8.0, np.random.default_rng(0)
+    means = random.standard_normal((classes, 64)) + random.standard_normal((20, 64))[np.arange(classes) // 5]
+    cost = gj.class_distances(jnp.asarray(means, jnp.float32))
+    labels = random.integers(0, classes, 64)
+    teacher = 2.0 * random.standard_normal((64, classes)) + 6.0 * (1.0 - np.asarray(cost, np.float64))[labels]
+    teacher = jnp.asarray(teacher, jnp.float32)
+
+    def ten_iterations(student, teacher, label):
+        is_other = jnp.arange(classes) != label
+        q, p = (jax.nn.softmax(jnp.where(is_other, z / temperature, -jnp.inf)) for z in (student, teacher))
+        kernel = jnp.exp(-(cost + 1e-8) / 0.05)
+
+        def step(pair, _):
+            v = p / (kernel.T @ pair[0] + 1e-8)
+            return (q / (kernel @ v + 1e-8), v), None
+
+        (u, v), _ = jax.lax.scan(step, (is_other / (classes - 1.0), q), length=10)
+        return u @ ((kernel * cost) @ v)
+
+    def converged(student, teacher, labels):
+        return gj.wasserstein_logits(student, teacher, cost, labels=labels, temperature=temperature)
+
+    batched = jax.vmap(ten_iterations), converged
+    theirs, ours = (jax.jit(jax.grad(lambda *arrays, loss=loss: loss(*arrays).sum())) for loss in batched)
+    students = [teacher + size * random.standard_normal(teacher.shape).astype(np.float32) for size in (0.01, 0.1, 1, 3)]
+    students.append(0.1 * random.standard_normal(teacher.shape).astype(np.float32))
+    for student, ratio, cosine in zip(
+        students, (3.9, 28, 2.3, 0.64, 0.71), (0.71, 0.45, 0.60, 0.88, 0.78), strict=True
+    ):
+        a, b = (np.asarray(gradient(student, teacher, labels)) for gradient in (ours, theirs))
+        norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+        assert norms[0].mean() / norms[1].mean() == pytest.approx(ratio, rel=0.02)
+        assert ((a * b).sum(1) / (norms[0] * norms[1])).mean() == pytest.approx(cosine, abs=0.01)
+
+
 X, L, C = jnp.zeros((2, 4, 3)), jnp.zeros((2, 4), int), jnp.ones((3, 3))
 ILLEGAL = [
     (lambda: gj.sinkhorn_distance(X, X, cost="manhattan"), "cost must be .*, got 'manhattan'"),

@@ -490,9 +490,9 @@ def wasserstein_logits(
 
     **The published weight belongs to that unconverged loss**, and to costs from the kernel alignment of the teacher's
     logits (here: see `ClassDistances`). After 10 iterations the pull fades as the student approaches the teacher; that
-    of the converged problem hardly does. On synthetic logits of 100 classes, with one cost for both, its gradient was
-    28 times the reference's where the logits differed by .1, 2.3 times where by 1, and .7 times for an untrained
-    student (`docs/wasserstein.md` has the table).
+    of the converged problem does so only much nearer. On synthetic logits of 100 classes, with one cost for both, its
+    gradient was 28 times the reference's where the logits differed by .1, 2.3 times where by 1, and .7 times for an
+    untrained student (`docs/wasserstein.md` has the table).
 
     Args:
       student_logits: unnormalised log-probabilities, `[..., K]`.
