@@ -78,7 +78,7 @@ def test_a_picture_of_several_schedules_is_in_percent_and_a_negative_weight_is_t
     ],
 )
 def test_direction_and_steepest_point(curve, direction, steepest):
-    reading = room.preview(config(curve)).summaries["curve"]
+    summary = room.preview(config(curve)).summaries["curve"]
     assert summary.direction == direction
     if direction != "turns":
         assert summary.steepest == (None if steepest is None else pytest.approx(steepest, abs=3e-3))
