@@ -17,7 +17,7 @@ def config(curve="gompertz(displacement=5, rate=8)", **changes):
 
 def test_the_default_curve_is_read_in_closed_form():
     shown = room.preview(config())
-    reading = shown.summaries["curve"]
+    summary = shown.summaries["curve"]
     tau = np.array(QUARTERS)
     np.testing.assert_allclose(reading.at_quarters, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
     np.testing.assert_allclose(summary.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
