@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._checks import positive_count
-from ._numerics import unit_vectors
+from ._numerics import matmul, unit_vectors
 from .losses.costs import class_distances
 from .losses.features import resample, to_one_size
 from .network import Outputs, PyTree
@@ -99,7 +99,7 @@ class Projection(NamedTuple):
     ) -> tuple[Float[Array, "batch _ _ channels"], Float[Array, "batch _ _ channels"], PyTree]:
         """The student's map in the teacher's width, `[B, h, w, c']`; the teacher's, standardised, `[B, h', w', c']`."""
         ((ours, theirs),) = _maps(self.stages(student, teacher), student, teacher)
-        view, running = _normalised(params, stats, ours @ params["kernel"], train=train)
+        view, running = _normalised(params, stats, matmul(ours, params["kernel"]), train=train)
         standardised = (theirs - stats["teacher_mean"]) / stats["teacher_std"]
         return view, jax.lax.stop_gradient(standardised), stats | running
 
@@ -187,7 +187,7 @@ class Regressor(NamedTuple):
 
     def _form(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> _Form:
         if not self.resize:
-            return _Form((1, 1), lambda x, kernel: x @ kernel[0, 0], "convolution, sizes kept")
+            return _Form((1, 1), lambda x, kernel: matmul(x, kernel[0, 0]), "convolution, sizes kept")
         if _is_twice(ours, theirs):
             return _Form((3, 3), partial(convolve, stride=2, padding=1), "convolution at stride 2")
         if _is_twice(theirs, ours):
@@ -241,7 +241,7 @@ class VariationalRegressor(NamedTuple):
         for index, (ours, theirs) in enumerate(_maps(self.stages(student, teacher), student, teacher)):
             p = params[f"pair{index}"]
             ours, theirs = to_one_size(ours, theirs)
-            mean = jax.nn.relu(jax.nn.relu(ours @ p["kernel0"]) @ p["kernel1"]) @ p["kernel2"]
+            mean = matmul(jax.nn.relu(matmul(jax.nn.relu(matmul(ours, p["kernel0"])), p["kernel1"])), p["kernel2"])
             predicted.append((mean, jax.nn.softplus(p["raw_variance"]) + VARIANCE_FLOOR))
             maps.append(theirs)
         return tuple(predicted), tuple(maps), stats
@@ -282,7 +282,7 @@ class Embedding(NamedTuple):
         """Both embeddings, `[B, width]`."""
 
         def embed(p: PyTree, pooled: Array) -> Array:
-            return unit_vectors(pooled.astype(jnp.float32) @ p["kernel"] + p["bias"])
+            return unit_vectors(matmul(pooled.astype(jnp.float32), p["kernel"]) + p["bias"])
 
         ours = embed(params["student"], student.pooled)
         return ours, embed(params["teacher"], jax.lax.stop_gradient(teacher.pooled)), stats
@@ -354,7 +354,7 @@ class Review(NamedTuple):
             x, inner = _normalised(p["inner"], s["inner"], convolve(ours, p["inner"]["kernel"]), train=train)
             if left is not None:
                 y = nearest(left, x.shape[1:3])
-                weights = jnp.concatenate([x, y], axis=-1) @ p["attention"]["kernel"] + p["attention"]["bias"]
+                weights = matmul(jnp.concatenate([x, y], axis=-1), p["attention"]["kernel"]) + p["attention"]["bias"]
                 weights = jax.nn.sigmoid(weights)
                 x = weights[..., :1] * x + weights[..., 1:] * y
             left = nearest(x, theirs.shape[1:3])
@@ -517,7 +517,7 @@ def convolve(
     if kernel_width > 1 or stride > 1:
         x = jnp.concatenate([strided(x, 2, column, kernel_width) for column in range(kernel_width)], axis=-1)
     rows = kernel.reshape(kernel_height, kernel_width * channels, filters)
-    products = [strided(x, 1, row, kernel_height) @ rows[row] for row in range(kernel_height)]
+    products = [matmul(strided(x, 1, row, kernel_height), rows[row]) for row in range(kernel_height)]
     return sum(products[1:], start=products[0])
 
 

@@ -32,7 +32,7 @@ RULES = {
         NUMERICAL,
         {"_checks", "data_parallel", "losses", "network", "objective", "projections", "record", "schedules", "state"},
     ),
-    "models": (None, {"_checks", "intact", "network", "models"}),
+    "models": (None, {"_checks", "_numerics", "intact", "network", "models"}),
 }
 
 

@@ -19,7 +19,7 @@ def test_the_default_curve_is_read_in_closed_form():
     shown = room.preview(config())
     summary = shown.summaries["curve"]
     tau = np.array(QUARTERS)
-    np.testing.assert_allclose(reading.at_quarters, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
+    np.testing.assert_allclose(summary.at_quarters, np.exp(-5 * np.exp(-8 * tau)), atol=1e-3)
     np.testing.assert_allclose(summary.area, (exp1(5 * np.exp(-8)) - exp1(5)) / 8, atol=1e-3)
     np.testing.assert_allclose(summary.steepest, np.log(5) / 8, atol=2e-3)
     fine = (np.arange(100_000) + 0.5) / 100_000
@@ -29,7 +29,7 @@ def test_the_default_curve_is_read_in_closed_form():
     )
     assert summary.direction == "rises"
     assert shown.summaries["ce"].direction == "constant" and shown.summaries["ce"].steepest is None
-    assert shown.summaries["kd"] == reading
+    assert shown.summaries["kd"] == summary
     assert set(shown.values) == {
         "curve",
         "ce",

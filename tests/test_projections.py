@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from functools import cache, partial
 
 import jax
@@ -215,6 +216,21 @@ def test_extremes_give_finite_views_and_gradients(kind, pair):
         scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, networks(pair))
         results = trained(KINDS[kind], params, stats, *scaled)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results)), scale
+
+
+@pytest.mark.parametrize(("kind", "pair"), TRAINED)
+def test_products_are_in_full_precision_where_the_default_is_not(kind, pair):
+    # An accelerator's default rounds to bfloat16 or TF32; a CPU's does not, so only the program shows it.
+    _, params, stats = started(kind, pair)
+    student, teacher = networks(pair)
+
+    def total(params):
+        views = KINDS[kind].apply(params, stats, student, teacher, train=True)[:2]
+        return sum(jnp.sum(view) for view in jax.tree.leaves(views))
+
+    program = str(jax.make_jaxpr(jax.grad(total))(params))
+    products = re.findall(r"dot_general\[(.*?)\]\s", program, re.DOTALL)
+    assert products and all("Precision.HIGHEST" in product for product in products)
 
 
 def test_a_batch_of_one_position_is_normalised_to_the_bias():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .._numerics import matmul
 from . import convolution
 
 _FEWEST_IN_LOOP = 3
@@ -153,7 +154,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
+        return matmul(x.astype(dtype), self.kernel[...].astype(dtype)) + self.bias[...].astype(dtype)
 
 
 def in_turn(
