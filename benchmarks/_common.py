@@ -16,6 +16,11 @@ def hardware():
     return processor() if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
 
 
+def hardware_of(device):
+    """The same for a process that says only the kind of its device."""
+    return processor() if device == "cpu" else device
+
+
 def processor():
     """The processor's name and how many cores this process may use."""
     try:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from _common import commit, processor, save_record, versions
+from _common import commit, hardware_of, save_record, versions
 
 START = """
 import sys, time
@@ -36,16 +36,18 @@ jax.block_until_ready(batch)
 ready = time.perf_counter()
 jax.block_until_ready(step(state, teacher, batch))
 print(time.perf_counter() - ready, time.perf_counter() - began)
+print(jax.devices()[0].device_kind)
 """
 
 
 def start(pair, cache):
-    """`(seconds of the first step, seconds of all)` of one process."""
+    """Seconds of the first step and of all of one process, and its device."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     command = [sys.executable, "-c", START, cache, *pair.split("-")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    first, whole = map(float, done.stdout.split())
-    return {"first_step": first, "all": whole}
+    seconds, device = done.stdout.splitlines()
+    first, whole = map(float, seconds.split())
+    return {"first_step": first, "all": whole, "device": device}
 
 
 def main():
@@ -57,7 +59,7 @@ def main():
     options = parser.parse_args()
 
     found = versions("jax", "jaxlib", "flax")
-    print(f"{processor()}; {found}; commit {commit()}; n = {options.repetitions}; median seconds\n")
+    print(f"{found}; commit {commit()}; n = {options.repetitions}; median seconds\n")
     print(f"{'':<24}{'first step':^30}{'all':^30}")
     print(f"{'':<24}" + 2 * f"{'cold':>10}{'warm':>10}{'ratio':>10}")
     rows = {}
@@ -72,7 +74,9 @@ def main():
             line += f"{cold:>10.1f}{warm:>10.1f}{warm / cold:>10.2f}"
         print(line, flush=True)
         rows[pair] = starts
-    save_record(options, processor(), found, rows=rows)
+    (device,) = {each[kind]["device"] for starts in rows.values() for each in starts for kind in each}
+    print(f"\n{hardware_of(device)}")
+    save_record(options, hardware_of(device), found, rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 import numpy as np
-from _common import commit, processor, save_record, spread, versions
+from _common import commit, hardware_of, save_record, spread, versions
 from _worker import Worker, WorkerError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -89,7 +89,8 @@ def main():
         else:
             theirs_or_none = theirs
         print(f"epsilon {options.epsilon:g}, marginal error {options.threshold:g}, {options.repetitions} repetitions")
-        print(f"{processor()}; commit {commit()}; {about}\n")
+        hardware = hardware_of(about["ours"]["device"])
+        print(f"{hardware}; commit {commit()}; {about}\n")
         print(f"{'points':>6}  {'':9}{'ours, ms':>26}{'POT, ms':>28}{'POT / ours':>12}{'differ by':>11}")
         rows = []
         for points in options.points:
@@ -106,7 +107,7 @@ def main():
                     f"{points:>6}  {kind:9}{cell(seconds['ours']):>26}{other:>28}{ratio:>12}{difference:>11}",
                     flush=True,
                 )
-    save_record(options, processor(), versions("jax", "jaxlib", "ott-jax"), about=about, rows=rows)
+    save_record(options, hardware, versions("jax", "jaxlib", "ott-jax"), about=about, rows=rows)
 
 
 if __name__ == "__main__":

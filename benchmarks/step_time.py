@@ -251,6 +251,8 @@ def roofline_text(cell):
     The traffic is at least this: on a GPU what a library's kernel reads is not counted, and only one turn of a loop is.
     """
     counted, peaks = cell["prepared"]["ours"], cell["roofline"]
+    if not (counted["flops"] and counted["bytes"]):
+        return f"{'':<12} this compiler does not count operations and bytes: no roofline"
     arithmetic, traffic = counted["flops"] / peaks["flops_per_second"], counted["bytes"] / peaks["bytes_per_second"]
     bound, by = max((arithmetic, "arithmetic"), (traffic, "memory traffic"))
     return (
