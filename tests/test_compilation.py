@@ -5,6 +5,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from gompertz_jax.training.compilation import keep_compiled
+from gompertz_jax.training.config import get_default
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -46,6 +47,19 @@ def test_a_run_keeps_its_programs_where_it_says_whatever_an_earlier_one_in_the_p
     keep_compiled(str(tmp_path / "first"))
     jax.config.update(SETTINGS[0], "own")
     keep_compiled("")
+    assert jax.config.jax_compilation_cache_dir == "own"
+
+
+@pytest.mark.usefixtures("as_installed")
+def test_several_processes_keep_programs_only_where_the_user_says_that_all_see_them(tmp_path, monkeypatch):
+    default = get_default().compilation_cache
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    keep_compiled(default)
+    assert jax.config.jax_compilation_cache_dir is None
+    keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    jax.config.update(SETTINGS[0], "own")
+    keep_compiled(default)
     assert jax.config.jax_compilation_cache_dir == "own"
 
 

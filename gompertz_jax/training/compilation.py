@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from .config import get_default
+
 _DIRECTORY, _LEAST_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 _BY_DEFAULT = {_DIRECTORY: None, _LEAST_SECONDS: 1.0}  # JAX's own settings
 _ours: dict[str, Any] = {}  # what an earlier run of this process set, which is not the user's
@@ -16,9 +18,15 @@ def keep_compiled(directory: str) -> None:
 
     What cannot be read there, for instance because a kill cut it short, is compiled again, with a warning.
 
+    Of several processes JAX lets only the first write. Where the others cannot read that, they would compile what the
+    first one loads, and on GPUs, where they compile together, wait for it. So the default directory, which may be on
+    each host's own disk, is then not used.
+
     Args:
-      directory: made when it is first written to; "" keeps nothing.
+      directory: made when it is first written to; "" keeps nothing. With several processes all must see it.
     """
+    if jax.process_count() > 1 and directory == get_default().compilation_cache:
+        directory = ""
     before = getattr(jax.config, _DIRECTORY)
     for name, value in _ours.items():
         if getattr(jax.config, name) == value:

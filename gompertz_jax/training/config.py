@@ -125,7 +125,8 @@ def get_default() -> Config:
             },
             "steps_per_dispatch": 50,  # at most; the largest divisor of the number of steps is taken
             "evaluate_every_epochs": 1,
-            # Compiled programs are kept here for the next start; "": $JAX_COMPILATION_CACHE_DIR or nowhere
+            # Compiled programs are kept here for the next start; "": $JAX_COMPILATION_CACHE_DIR or nowhere. Several
+            # processes keep nothing in this default: name another place, which all of them see.
             "compilation_cache": "~/.cache/gompertz_jax",
             "teacher_statistics_images": 2000,  # from which the teacher's channel statistics are measured, once
             "checkpoint": {"keep": 2},
