@@ -78,13 +78,16 @@ def connect(
             initialization_timeout=START_SECONDS,
         )
     except Exception as error:  # ValueError where nothing is detected, JAX's and the cluster's own errors elsewhere
-        reason = first_line(error)
         way_out = (
             "start it under Slurm, Kubernetes, Open MPI or on a TPU pod, or give --coordinator, --processes, --process"
             if detect
             else "is every process running, with the same --coordinator and --processes and a --process of its own?"
         )
-        raise RunError(f"the other processes of this run were not found ({reason}): {way_out}") from error
+        refusal = "the other processes of this run were not found"
+        if distributed.global_state.client is None and "\n" in str(error):
+            # What a cluster lacks is said over many lines, all to be read; errors of the connection have traces.
+            raise RunError(f"{refusal}. {error}") from error
+        raise RunError(f"{refusal} ({first_line(error)}): {way_out}") from error
 
 
 def _await(host: str, port: int) -> None:
