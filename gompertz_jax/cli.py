@@ -174,16 +174,21 @@ def _add_trials(parser: Any, *, arms: str, seeds: int) -> None:
         "--arms",
         default=arms,
         help=f"names, and NAME=FILE[:VARIANT] for the objective of another config; default {arms}",
+    parser.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: of process 0")
+    parser.add_argument("--processes", type=int, help="how many; with --coordinator")
+    parser.add_argument("--process", type=int, help="which one this is, from 0; with --coordinator")
     )
     parser.add_argument("--seeds", type=int, default=seeds, help=f"from the config's seed on; default {seeds}")
     parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
     parser.add_argument(
         "--layout", default="devices", help="of a group's students: devices, map, vmap or unroll; default devices"
+    from .training.sharding import connect
     )
 
 
 def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The config and the arms that were named, for `compare` and `tune`."""
+    """The config and the arms that were named, for `compare` and `tune`, once the processes are joined."""
     from .arms import arm
 
     config, arms = _config(parsed.config, parsed.overrides), {}

@@ -258,4 +258,10 @@ def _read(name: str) -> Any:
 
 
 def _client() -> Any:
-    return distributed.global_state.client
+    client = distributed.global_state.client
+    if client is None:  # on a TPU pod JAX sees all processes at once, but they cannot speak to each other
+        raise RunError(
+            f"JAX sees {jax.process_count()} processes, which are not connected: give --distributed to each of them "
+            "(in your own code call jax.distributed.initialize() first)"
+        )
+    return client
