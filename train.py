@@ -8,10 +8,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gompertz_jax.training.config_file import config_error, config_fault
-from gompertz_jax.training.errors import RunError
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
-from gompertz_jax.training.stop import Stopped, leave
+from gompertz_jax.training.stop import as_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config(), FILE[:VARIANT].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config's name>[-<its variant>].")
@@ -43,13 +42,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; overrides are written --config.key=value")
     file, *variant = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
     workdir = _WORKDIR.value or f"runs/{'-'.join([Path(file).stem, *variant])}"
-    try:
+    with as_program():
         connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value)
         train_and_evaluate(_CONFIG.value, workdir)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        leave(stopped)
 
 
 if __name__ == "__main__":

@@ -35,16 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parsed.overrides = overrides
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
-        parsed.run(parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except SystemExit as stopped:
-        from .training.stop import Stopped, leave
+    from .training.stop import as_program
 
-        if isinstance(stopped, Stopped):
-            leave(stopped)
-        raise
+    with as_program((ValueError, OSError)):
+        parsed.run(parsed)
 
 
 def _add_import_torch(commands: Any) -> None:
@@ -174,23 +168,24 @@ def _add_trials(parser: Any, *, arms: str, seeds: int) -> None:
         "--arms",
         default=arms,
         help=f"names, and NAME=FILE[:VARIANT] for the objective of another config; default {arms}",
-    parser.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: of process 0")
-    parser.add_argument("--processes", type=int, help="how many; with --coordinator")
-    parser.add_argument("--process", type=int, help="which one this is, from 0; with --coordinator")
     )
     parser.add_argument("--seeds", type=int, default=seeds, help=f"from the config's seed on; default {seeds}")
     parser.add_argument("--workdir", required=True, type=Path, help="where everything is kept; the same again goes on")
     parser.add_argument(
         "--layout", default="devices", help="of a group's students: devices, map, vmap or unroll; default devices"
-    from .training.sharding import connect
     )
+    parser.add_argument("--distributed", action="store_true", help="several processes, found by JAX")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes by hand: of process 0")
+    parser.add_argument("--processes", type=int, help="how many; with --coordinator")
+    parser.add_argument("--process", type=int, help="which one this is, from 0; with --coordinator")
 
 
 def _trials(parsed: argparse.Namespace) -> dict[str, Any]:
     """The config and the arms that were named, for `compare` and `tune`, once the processes are joined."""
     from .arms import arm
+    from .training.sharding import connect
 
+    connect(parsed.coordinator, parsed.processes, parsed.process, detect=parsed.distributed)
     config, arms = _config(parsed.config, parsed.overrides), {}
     for text in filter(None, (text.strip() for text in parsed.arms.split(","))):
         name, own, file = text.partition("=")

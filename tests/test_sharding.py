@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -262,13 +263,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_two(config, workdir, log, **environment):
+TRAIN = (str(ROOT / "train.py"),)
+
+
+def start_two(config, workdir, log, *, program=TRAIN, **environment):
     """The same command on two processes, as on two hosts."""
     address = f"--coordinator=localhost:{free_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, **environment}
     started = []
     for process in range(2):
-        command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
+        command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}"]
         with (log / f"{process}.log").open("a") as output:
             command += [address, "--processes=2", f"--process={process}"]
             started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
@@ -332,6 +336,86 @@ def test_two_processes_train_stop_and_resume_together_as_one(stopped, changes, t
         networks = [jax.tree.leaves(load_network(tmp_path / name / part).params) for name in ("one", "two")]
         weights = [np.concatenate([np.asarray(leaf).ravel() for leaf in leaves]) for leaves in networks]
         assert distance(*weights) < 1e-4
+
+
+FAILS = """
+import jax
+
+def fails(self, step, call=Feed.__call__):
+    if jax.process_index() == 1 and step >= 8:  # both have computed together, and nothing is being saved
+        raise ValueError("no memory on this host")
+    return call(self, step)
+
+Feed.__call__ = fails
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "changes", "said"),
+    [
+        pytest.param(FAILS, {}, ["", "ValueError: no memory on this host"], id="one process"),
+        pytest.param("", {"recipe.batch_size": 97}, ["error: recipe.batch_size = 97 cannot"] * 2, id="both"),
+    ],
+)
+def test_an_error_ends_two_processes_that_say_what_they_met(fails, changes, said, tmp_path):
+    """JAX alone would hold them for five minutes, the failed one waiting for the other at its exit."""
+    config = tmp_path / "config.py"
+    config.write_text(config_source(**changes) + fails)
+    found = ended(start_two(config, tmp_path / "two", tmp_path), timeout=100)
+    for process, text in enumerate(said):
+        assert text in (tmp_path / f"{process}.log").read_text()
+    assert found == [1, 1]
+
+
+def test_two_processes_compare_together(tmp_path):
+    config, log = tmp_path / "config.py", tmp_path / "log"
+    config.write_text(config_source(**{"recipe.epochs": 2}))
+    log.mkdir()
+    program = ("-m", "gompertz_jax.cli", "compare", "--arms=student,kd", "--seeds=2")
+    codes = ended(start_two(config, tmp_path / "two", log, program=program), timeout=240)
+    said = [(log / f"{process}.log").read_text() for process in range(2)]
+    assert codes == [0, 0], said
+    assert "x 2 in 2 processes" in said[0] and "next      gompertz-jax report" in said[0]
+    assert [line for line in said[1].splitlines() if "[Gloo]" not in line] == []
+    assert {*json.loads((tmp_path / "two" / "results.json").read_text())["arms"]} == {"student", "kd"}
+
+
+def test_processes_that_are_not_connected_are_told_how(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)  # what JAX says on a TPU pod at once
+    with pytest.raises(RunError, match="sees 4 processes, which are not connected: give --distributed to each"):
+        sharding.on_main(lambda: 1)
+
+
+def test_what_a_cluster_lacks_is_said_in_full(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Pods need a headless service in order to\ncommunicate:\n  clusterIP: None")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(RunError, match=r"not found\. Pods need a headless service in order to\n.*\n  clusterIP: None$"):
+        sharding.connect(detect=True)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_waits_a_bounded_time_for_the_others(process, monkeypatch):
+    """The third never says that it leaves."""
+    posted, asked = [], []
+
+    class Client:
+        def key_value_set(self, key, value):
+            posted.append(key)
+
+        def blocking_key_value_get(self, key, milliseconds):
+            asked.append(key)
+            assert milliseconds <= 1000 * sharding.LEAVE_SECONDS
+            if key.endswith("2"):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return "true"
+
+    state = SimpleNamespace(client=Client(), num_processes=3, process_id=process)
+    monkeypatch.setattr(sharding.distributed, "global_state", state)
+    sharding.first_leaves_last()
+    assert posted == ([] if process == 0 else ["gompertz_jax/left/1"])
+    assert asked == (["gompertz_jax/left/1", "gompertz_jax/left/2"] if process == 0 else [])
 
 
 def test_a_frozen_teacher_of_loops_is_stored_on_eight_devices_as_it_speaks_on_one(eight):

@@ -5,6 +5,7 @@ all of them. What is not a compiled program (files, the terminal) is done by the
 through JAX's coordination service: no process looks at a file that another one may be about to write.
 """
 
+import contextlib
 import itertools
 import json
 import socket
@@ -27,6 +28,7 @@ from .errors import RunError, first_line
 T = TypeVar("T")
 
 START_SECONDS = 300  # how long the processes of a run may take to appear
+LEAVE_SECONDS = 10  # how long the first process waits for the others to end before it
 _POLL_MILLISECONDS = 1000  # a wait for another process is cut into these, so that Ctrl-C ends it
 _PREFIX = "gompertz_jax/"
 _rounds = itertools.count()
@@ -241,6 +243,29 @@ def asked_to_stop(number: int) -> int:
     return on_main(
         lambda: number or max([int(word) for _, word in _client().key_value_dir_get(_PREFIX + "stop")] + [0])
     )
+
+
+def connected() -> bool:
+    """Whether this process is one of several that `connect` joined; unlike JAX's own count, it starts no device."""
+    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+
+
+def first_leaves_last() -> None:
+    """Let the other processes end before the first, after which JAX would abort them: call this, then end at once.
+
+    The first waits for them for at most `LEAVE_SECONDS`: some may be dead, or not know yet that the run is over.
+    """
+    if not connected():
+        return
+    here, deadline = distributed.global_state, time.monotonic() + LEAVE_SECONDS
+    with contextlib.suppress(Exception):  # nobody is there any more
+        if here.process_id > 0:
+            _post(f"left/{here.process_id}", True)
+            return
+        for process in range(1, here.num_processes):
+            left = max(1, int(1000 * (deadline - time.monotonic())))
+            _client().blocking_key_value_get(f"{_PREFIX}left/{process}", left)
+        time.sleep(0.5)  # they have said so, and are ending
 
 
 def _post(name: str, word: Any) -> None:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: what is under way is finished and saved, and the process ends with 128 + the signal's number."""
+"""How a program ends that does not come to its end: asked by SIGTERM or SIGINT, or by an error.
+
+At a signal what is under way is finished and saved, and the process ends with 128 + the signal's number.
+"""
 
 import contextlib
 import functools
@@ -7,10 +10,12 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from .sharding import ask_to_stop, asked_to_stop, say
+from .errors import RunError
+from .sharding import ask_to_stop, asked_to_stop, connected, first_leaves_last, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = "the same command resumes from the last checkpoint, if there is one"
@@ -21,14 +26,36 @@ class Stopped(SystemExit):
     """A run was asked to stop, and did. Its code is 128 + the signal's number: 143 or 130."""
 
 
-def leave(stopped: Stopped) -> NoReturn:
-    """End the process with the code of a run that stopped, everything being saved.
+@contextlib.contextmanager
+def as_program(refusals: type[Exception] | tuple[type[Exception], ...] = RunError) -> Iterator[None]:
+    """Within it a program does its work; a stop or an error ends the process.
 
-    The interpreter is not shut down: XLA's threads may still be compiling, and would abort it.
+    Args:
+      refusals: the errors that are shown in one line, without a traceback.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(int(str(stopped.code)))
+    try:
+        yield
+    except Stopped as stopped:
+        # XLA's threads may still be compiling, and would abort an interpreter that shuts down.
+        _leave(int(str(stopped.code)))
+    except (Exception, KeyboardInterrupt) as error:
+        refused = isinstance(error, refusals)
+        if not connected():
+            if refused:
+                sys.exit(f"error: {error}")
+            raise
+        # An interpreter that shuts down would wait five minutes for the others, which wait for this process.
+        _leave(1, f"error: {error}\n" if refused else traceback.format_exc())
+
+
+def _leave(code: int, last_words: str = "") -> NoReturn:
+    """End the process, but not by shutting down the interpreter."""
+    try:
+        print(last_words, end="", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        first_leaves_last()
+    finally:
+        os._exit(code)
 
 
 class Stop:
