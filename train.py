@@ -1,13 +1,12 @@
 """Distil a teacher into a student: `python train.py --config FILE [--workdir DIR] [--config.any.key=value]`."""
 
-import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from gompertz_jax.training.config_file import config_error, config_fault
+from gompertz_jax.training.config_file import arguments_error, config_fault
 from gompertz_jax.training.loop import train_and_evaluate
 from gompertz_jax.training.sharding import connect
 from gompertz_jax.training.stop import as_program
@@ -24,13 +23,10 @@ flags.mark_flag_as_required("config")
 def parse(arguments: list[str]) -> list[str]:
     """Parse flags; what is wrong with them, or with the config file, is reported in one line."""
     logging.set_verbosity(logging.FATAL)  # Orbax reports every phase of every save, and failures with tracebacks
-    given = ["", *re.findall(r"(?:^|\n)--?config[=\n](.*)", "\n".join(arguments))]
     try:
         rest = flags.FLAGS(arguments)
     except Exception as error:  # whatever a config file leads to
-        if isinstance(error, flags.Error) and not any(argument.startswith("--config") for argument in arguments):
-            sys.exit("error: --config=FILE is missing; the experiments that come with this are in configs/")
-        sys.exit(f"error: {config_error(error, given[-1])}")
+        sys.exit(f"error: {arguments_error(error, arguments)}")
     if not isinstance(_CONFIG.value, ConfigDict):
         sys.exit(f"error: {config_fault(config_flags.get_config_filename(flags.FLAGS['config']))}")
     return rest

@@ -2,6 +2,7 @@
 
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ _RULES = {
     "could not convert string to float": "must be a number",
     "Non-boolean argument": "must be True or False",
 }
+
+
+def arguments_error(error: Exception, arguments: Sequence[str]) -> str:
+    """One line on a command line that Abseil's flags refuse."""
+    given = re.findall(r"(?:^|\n)--?config[=\n](.*)", "\n".join(arguments))
+    if isinstance(error, flags.Error) and not any(argument.startswith("--config") for argument in arguments):
+        return "--config=FILE is missing; the experiments that come with this are in configs/"
+    return config_error(error, given[-1] if given else "")
 
 
 def config_error(error: Exception, file: str = "", *, flag: str = "--config") -> str:
