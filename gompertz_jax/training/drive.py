@@ -4,7 +4,7 @@ The order of things, which resuming relies on:
 
 1. A dispatch is issued before the metrics of the one before it are read: the device never waits for the host.
 2. So is an evaluation: it is queued behind its dispatch with a copy of the state, and read, written and saved while the
-   next dispatch runs.
+   next dispatch runs (with several processes Orbax's save begins with a collective, so behind that dispatch).
 3. Metrics up to step n are on disk before the checkpoint of step n is begun; a partial one does not count.
 4. The best weights so far are part of the checkpoint; validation decides, and of two equal ones the later counts.
 """
