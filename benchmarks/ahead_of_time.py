@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import gompertz_jax as gj
 from gompertz_jax import models
-from gompertz_jax.students import LAYOUTS, Students, grouped, make_comparison_step, stacked
+from gompertz_jax.students import LAYOUTS, Students, divides, grouped, make_comparison_step, stacked
 from gompertz_jax.training.augment import make_batch
 from gompertz_jax.training.drive import Plan
 from gompertz_jax.training.objectives import build_objective
@@ -116,7 +116,7 @@ def experiment(file, dtype, steps):
         "teacher": network(config.teacher, 1) if any(term.distils for term in objective.terms) else None,
         "objective": objective,
         "optimizer": optimizer,
-        "make_batch": lambda data, step: draw(*data, step),
+        "draw": draw,
         "data": data,
         "image_shape": shape,
         "steps": steps or plan.steps_per_dispatch,
@@ -126,7 +126,12 @@ def experiment(file, dtype, steps):
 def traced(described, mesh, students, layout):
     """The step, traced on the devices of a mesh."""
     student, teacher, objective = (described[name] for name in ("student", "teacher", "objective"))
-    options = {"make_batch": described["make_batch"], "steps_per_dispatch": described["steps"], "mesh": mesh}
+    dividing = mesh if not students or divides(layout) else None  # as the loop's feed
+    options = {
+        "make_batch": lambda data, step: described["draw"](*data, step, mesh=dividing),
+        "steps_per_dispatch": described["steps"],
+        "mesh": mesh,
+    }
 
     def begin(student, teacher):
         state = gj.init_state(student, described["optimizer"], objective, described["image_shape"], teacher=teacher)
