@@ -686,6 +686,21 @@ def np_preactivation(p, s, x, stride):
     return np_conv(y, p["second"]["kernel"]) + shortcut
 
 
+def in_float64(module, x, seed=0):
+    """A module's values on images, its parameters and its statistics, with scales, biases and moments at random."""
+    rng = np.random.default_rng(seed)
+    graph, *kinds = nnx.split(module, nnx.Param, nnx.BatchStat)
+    params, stats = (
+        jax.tree.map(
+            lambda leaf: rng.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else np.asarray(leaf, np.float64),
+            nnx.to_pure_dict(kind),
+        )
+        for kind in kinds
+    )
+    module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
+    return jax.jit(lambda x: module(x, train=False))(jnp.asarray(x)), params, stats
+
+
 @pytest.mark.parametrize("widens", [True, False])
 @pytest.mark.parametrize(("block", "reference"), [(Bottleneck, np_bottleneck), (PreactivationBlock, np_preactivation)])
 def test_blocks_of_deep_networks_are_the_numpy_ones(block, reference, widens):
@@ -693,19 +708,10 @@ def test_blocks_of_deep_networks_are_the_numpy_ones(block, reference, widens):
     channels = {Bottleneck: 4, PreactivationBlock: 2 if widens else 1}[block]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        built = block(channels, width, stride=stride, draws=Draws(jnp.asarray(rng.normal(size=2000))))
-        graph, *kinds = nnx.split(built, nnx.Param, nnx.BatchStat)
-        params, stats = (
-            jax.tree.map(
-                lambda leaf: rng.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else np.asarray(leaf, np.float64),
-                nnx.to_pure_dict(kind),
-            )
-            for kind in kinds
-        )
-        assert ("shortcut" in params) == widens
         x = rng.normal(size=(2, 5, 6, channels))
-        module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
-        got = jax.jit(lambda x: module(x, train=False))(jnp.asarray(x))
+        module = block(channels, width, stride=stride, draws=Draws(jnp.asarray(rng.normal(size=2000))))
+        got, params, stats = in_float64(module, x)
+        assert ("shortcut" in params) == widens
         np.testing.assert_allclose(got, reference(params, stats, x, stride), rtol=1e-10, atol=1e-12)
 
 
@@ -776,21 +782,6 @@ def np_wide(p, s, x):
         x = np_preactivation(p[name], s[name], x, 1 if stage == 1 else 2)
     x = np.maximum(np_norm(x, p["last_norm"], s["last_norm"], False), 0)
     return [*features, x], x.mean((1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
-
-
-def in_float64(module, x, seed=0):
-    """A module's values on images, its parameters and its statistics, with scales, biases and moments at random."""
-    rng = np.random.default_rng(seed)
-    graph, *kinds = nnx.split(module, nnx.Param, nnx.BatchStat)
-    params, stats = (
-        jax.tree.map(
-            lambda leaf: rng.uniform(0.5, 1.5, leaf.shape) if leaf.ndim == 1 else np.asarray(leaf, np.float64),
-            nnx.to_pure_dict(kind),
-        )
-        for kind in kinds
-    )
-    module = nnx.merge(graph, *jax.tree.map(jnp.asarray, (params, stats)))
-    return jax.jit(lambda x: module(x, train=False))(jnp.asarray(x)), params, stats
 
 
 @pytest.mark.parametrize(
