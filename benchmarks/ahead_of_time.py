@@ -42,7 +42,10 @@ import gompertz_jax as gj
 from gompertz_jax import models
 from gompertz_jax.students import LAYOUTS, Students, divides, grouped, make_comparison_step, stacked
 from gompertz_jax.training.augment import make_batch
+from gompertz_jax.training.data import Dataset
 from gompertz_jax.training.drive import Plan
+from gompertz_jax.training.images import Split
+from gompertz_jax.training.networks import network_shapes
 from gompertz_jax.training.objectives import build_objective
 from gompertz_jax.training.optim import learning_rate, make_optimizer
 
@@ -100,24 +103,22 @@ def experiment(file, dtype, steps):
     config = runpy.run_path(path)["get_config"](*variant)
     count, shape, classes = IMAGES[config.data.name]
     count -= config.data.validation
+    images = Split(np.zeros((count, *shape), np.uint8), np.zeros(count, np.int32))  # of which only the shapes matter
+    normal = (0.5,) * shape[-1], (0.25,) * shape[-1]
+    dataset = Dataset(config.data.name, classes, images, None, *normal, (), lambda: images)
     plan = Plan.of(config.recipe, config, count)
-
-    def network(spec, seed):
-        options = {"num_classes": classes, "in_channels": shape[-1], "dtype": dtype or spec.dtype, **spec.options}
-        shapes = jax.eval_shape(lambda key: models.create(spec.model, key=key, **options), jax.random.key(seed))
-        return shapes.replace(mean=np.full(shape[-1:], 0.5, np.float32), std=np.full(shape[-1:], 0.25, np.float32))
-
+    dtypes = {"dtype": dtype} if dtype else {}
+    student, teacher = (network_shapes(config[role].to_dict() | dtypes, dataset) for role in ("student", "teacher"))
     objective = build_objective(config, plan.steps)
     optimizer = make_optimizer(config.recipe, learning_rate(config.recipe, steps_per_epoch=plan.steps_per_epoch))
     draw = partial(make_batch, seed=0, batch_size=config.recipe.batch_size, **config.augment)
-    data = jax.ShapeDtypeStruct((count, *shape), jnp.uint8), jax.ShapeDtypeStruct((count,), jnp.int32)
     return {
-        "student": network(config.student, 0),
-        "teacher": network(config.teacher, 1) if any(term.distils for term in objective.terms) else None,
+        "student": student,
+        "teacher": teacher if any(term.distils for term in objective.terms) else None,
         "objective": objective,
         "optimizer": optimizer,
         "draw": draw,
-        "data": data,
+        "data": tuple(images),
         "image_shape": shape,
         "steps": steps or plan.steps_per_dispatch,
     }
