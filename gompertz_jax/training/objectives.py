@@ -204,9 +204,14 @@ def weight_warnings(term: str, values: np.ndarray) -> Iterator[str]:
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of training, at which a schedule is shown
 
 
+def quarter_steps(total_steps: int) -> tuple[int, ...]:
+    """The steps of a run that are at `QUARTERS` of it."""
+    return tuple(round(quarter * (total_steps - 1)) for quarter in QUARTERS)
+
+
 def at_quarters(values: np.ndarray) -> tuple[float, ...]:
     """The values of a sampled schedule at `QUARTERS` of training."""
-    return tuple(float(values[round(quarter * (len(values) - 1))]) for quarter in QUARTERS)
+    return tuple(float(values[step]) for step in quarter_steps(len(values)))
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------

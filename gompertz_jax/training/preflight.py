@@ -18,7 +18,9 @@ from ..report import text_table
 from ..schedules import ByProgress, Schedule
 from .data import Dataset
 from .errors import RunError
-from .objectives import QUARTERS, at_quarters, sampled, weight_warnings
+from .objectives import QUARTERS, at_quarters, quarter_steps, sampled, weight_warnings
+
+_QUARTERS = [f"{100 * quarter:.0f} %" for quarter in QUARTERS]
 
 
 def check_network(role: str, network: Network, dataset: Dataset, *, batch_size: int = 1) -> Outputs:
@@ -291,8 +293,8 @@ def describe(
         f"{steps / per_epoch:.3g} epochs of {per_epoch:,} whole batches"
     )
     rows.append(("steps", taken))
-    rates = zip(at_quarters(sampled(rate, steps)), QUARTERS, strict=True)
-    rows.append(("rate", ", ".join(f"{value:.3g} at {quarter:.0%}".replace("%", " %") for value, quarter in rates)))
+    at = zip(quarter_steps(steps), _QUARTERS, strict=True)
+    rows.append(("rate", ", ".join(f"{float(rate(step)):.3g} at {quarter}" for step, quarter in at)))
     memory = stored + _memory(student[1], teacher[1] if teacher else None, projections, dataset, each)
     what = "weights, optimiser, data, one step's activations"
     rows.append(("memory", f"about {_mebibytes(memory)}{' a device' if devices > 1 else ''} ({what})"))
@@ -304,7 +306,7 @@ def describe(
 
 def _weights(terms: Sequence[Term], weights: Sequence[np.ndarray]) -> list[tuple[str, ...]]:
     """Each term's weight over training, given at every step, as rows of a table."""
-    rows: list[tuple[str, ...]] = [("weight at", "0 %", "25 %", "50 %", "75 %", "100 %", "mean")]
+    rows: list[tuple[str, ...]] = [("weight at", *_QUARTERS, "mean")]
     for term, values in zip(terms, weights, strict=True):
         shown = [f"{value:.3g}" for value in at_quarters(values)]
         if isinstance(term.weight, ByProgress):  # no step is known to it, so its mean is not either
