@@ -146,7 +146,8 @@ def traced(described, mesh, students, layout):
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def held(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)  # a normalisation is float64 on the host
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=everywhere)
 
     state = jax.eval_shape(begin, student, teacher)
     return step.trace(*jax.tree.map(held, (state, teacher, described["data"])))
